@@ -1,0 +1,40 @@
+r"""LPD on handwritten digits: the main job (`make train`), 64 codes an image, parallel decoding in 8 steps.
+
+Needs the tokenizer of digits_tokenizer.py. Two CPU cores: under 10 minutes with evaluation.
+Expected: classifier accuracy >= 0.90 in 8 steps, within 2 points of one code a step.
+Run: python train.py --config=experiments/lpd/digits.py --workdir=runs/digits
+Then: python evaluate.py --config=experiments/lpd/digits.py --workdir=runs/digits
+"""
+
+import ml_collections
+
+
+def get_config():
+    """The experiment."""
+    config = ml_collections.ConfigDict()
+    config.task = "lpd"
+    config.seed = 0
+    config.total_steps = 1200
+    config.batch_size = 64
+    config.average_decay = 0.99
+    config.optimizer = dict(
+        name="adamw",
+        learning_rate=1e-3,
+        warmup_steps=100,
+        decay_start=600,
+        final_learning_rate=1e-5,
+        weight_decay=0.02,
+        clip_norm=3.0,
+    )
+    config.log_every = 50
+    config.save_every = 300
+    config.lpd = dict(
+        model=dict(size="debug", width=128, depth=4, heads=4, classes=10, dropout=0.1),
+        image_size=32,
+        tokenizer=dict(path="runs/digits_tokenizer"),
+        data=dict(name="digits", size=32),
+        codes="workdir",
+        shifts=1,
+        evaluation=dict(protocol="digits", steps=8, repulsion_threshold=1, samples=2000, batch_size=100, runs=10),
+    )
+    return config

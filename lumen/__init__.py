@@ -1,0 +1,1 @@
+"""lumen: efficient multimodal AI in JAX."""

@@ -1,0 +1,1 @@
+"""Measures of quality and speed, each with the protocol it reproduces."""

@@ -1,0 +1,1 @@
+"""Image generation: tokenizers and the models that predict their codes."""

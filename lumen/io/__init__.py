@@ -1,0 +1,1 @@
+"""Checkpoints and published weights, in and out."""

@@ -1,0 +1,1 @@
+"""One table per model: original tensor name, our path, and how the axes move."""

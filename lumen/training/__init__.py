@@ -1,0 +1,1 @@
+"""Data, optimisers, the training step and the loop: functions, no Trainer class."""

@@ -1,0 +1,79 @@
+"""Optimisers and learning-rate schedules."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a warm-up and a decay.
+
+    Attributes:
+      name: "adamw" (decoupled decay) or "adam" with the decay added to the gradient.
+      learning_rate: the peak.
+      schedule: after the warm-up, "constant", or "cosine" from `decay_start` to the end.
+      warmup_steps: linear from 0.
+      decay_start: step from which a cosine decays; the rate is constant between the warm-up and it.
+      final_learning_rate: where the cosine ends, at the last step.
+      beta1, beta2, epsilon, weight_decay: of AdamW. Biases and norm scales are not decayed.
+      clip_norm: global gradient norm above which gradients are scaled down; 0 is off.
+    """
+
+    name: Literal["adamw", "adam"] = "adamw"
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    decay_start: int = 0
+    final_learning_rate: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate}; wanted a positive number.")
+
+
+def learning_rate(config: OptimizerConfig, step, total_steps: int):
+    """The learning rate at a step, which may be fractional or traced.
+
+    Warm-up: peak * step / warmup_steps. Then the peak. From s = max(decay_start, warmup_steps), with the cosine:
+    final + (peak - final) * (1 + cos(pi (step - s) / (total_steps - s))) / 2.
+
+    Source: mit-han-lab/lpd util/lr_sched.py ("constant", "cosine", "constant+cosine"), there in epochs.
+    """
+    step = jnp.asarray(step)
+    peak, final = config.learning_rate, config.final_learning_rate
+    start = max(config.decay_start, config.warmup_steps)
+    rate = jnp.full_like(step, peak, dtype=jnp.result_type(float))
+    if config.schedule == "cosine":
+        progress = jnp.clip((step - start) / max(total_steps - start, 1), 0.0, 1.0)
+        rate = jnp.where(step < start, peak, final + (peak - final) * 0.5 * (1.0 + jnp.cos(math.pi * progress)))
+    return jnp.where(step < config.warmup_steps, peak * step / max(config.warmup_steps, 1), rate)
+
+
+def decayed(path, _) -> bool:
+    """Whether weight decay acts on the parameter at a tree path: on all but biases and norm scales."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    return not name.endswith(("bias", "scale"))
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """The optimiser of a config: clip, Adam, decay, minus the learning rate."""
+
+    def rate(step):
+        # optax counts updates from 0; the first update is made at the rate of step 0 of the original's schedule.
+        return learning_rate(config, step, total_steps)
+
+    decay = optax.add_decayed_weights(config.weight_decay, mask=lambda p: jax.tree.map_with_path(decayed, p))
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    order = (adam, decay) if config.name == "adamw" else (decay, adam)
+    return optax.chain(clip, *order, optax.scale_by_learning_rate(rate))

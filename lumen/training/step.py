@@ -1,0 +1,118 @@
+"""The training step: split once, differentiate what trains, update, donate what is replaced."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from lumen.sharding import batch_sharding, tree_shardings
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint holds of a run's arrays.
+
+    Attributes:
+      step: int32, updates made so far.
+      params: float32 state of what trains.
+      frozen: state of what does not.
+      opt_state: of the optimiser.
+      average: exponential moving average of params, or None.
+    """
+
+    step: Any
+    params: Any
+    frozen: Any
+    opt_state: Any
+    average: Any
+
+
+# loss(model, batch, key, step) -> (scalar to minimise, {name: scalar}); step counts the updates made so far.
+Loss = Callable[[nnx.Module, Any, Any, Any], tuple[Any, dict[str, Any]]]
+
+
+def cast_floats(tree, dtype):
+    """Casts the floating-point leaves of a tree."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def initial_state(build: Callable[[nnx.Rngs], nnx.Module], optimizer, key, *, average: bool) -> TrainState:
+    """A fresh state; pure, so that it can be traced for its shapes and jitted with shardings."""
+    _, params, frozen = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
+    copy = jax.tree.map(jnp.copy, params) if average else None
+    return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), copy)
+
+
+def make_train_step(
+    graphdef,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    compute_dtype=jnp.float32,
+    accumulate: int = 1,
+    average_decay: float = 0.0,
+):
+    """Builds step(state, batch, key) -> (state, metrics), to be jitted with the state donated.
+
+    Args:
+      graphdef: the model's static part, from `nnx.split`.
+      loss: mean over the batch it is given.
+      optimizer: an optax transformation.
+      compute_dtype: parameters are cast to it before the forward pass; the update stays in float32.
+      accumulate: the batch is run in so many equal parts, one after the other, and the gradients averaged.
+      average_decay: decay of the parameters' moving average, when the state has one.
+
+    The metrics are the loss's own, and "loss" and "gradient_norm" (before clipping).
+    """
+
+    def gradients(params, frozen, batch, key, number):
+        def loss_fn(params):
+            model = nnx.merge(graphdef, cast_floats(params, compute_dtype), cast_floats(frozen, compute_dtype))
+            value, metrics = loss(model, batch, key, number)
+            return value, {"loss": value, **metrics}
+
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return grads, metrics
+
+    def step(state: TrainState, batch, key):
+        key = jax.random.fold_in(key, state.step)
+        if accumulate == 1:
+            grads, metrics = gradients(state.params, state.frozen, batch, key, state.step)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch)
+            first = jax.tree.map(lambda x: x[0], parts)
+            shapes = jax.eval_shape(gradients, state.params, state.frozen, first, key, state.step)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+            def add(total, part_and_key):
+                new = gradients(state.params, state.frozen, *part_and_key, state.step)
+                return jax.tree.map(lambda a, b: a + b / accumulate, total, new), None
+
+            (grads, metrics), _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulate)))
+        metrics["gradient_norm"] = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            average = jax.tree.map(lambda a, p: average_decay * a + (1 - average_decay) * p, average, params)
+        return TrainState(state.step + 1, params, state.frozen, opt_state, average), metrics
+
+    return step
+
+
+def state_shardings(state, mesh):
+    """Shardings of a (possibly abstract) TrainState: the optimiser's moments and the average lie as the params do."""
+    return tree_shardings(state, mesh)
+
+
+def jit_step(step, abstract_state, mesh):
+    """The step jitted for a mesh: state laid out by the parameters' axis names, batch over data and fsdp."""
+    layout = state_shardings(abstract_state, mesh)
+    return jax.jit(
+        step,
+        in_shardings=(layout, batch_sharding(mesh), None),
+        out_shardings=(layout, None),
+        donate_argnums=0,
+    )

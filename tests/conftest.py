@@ -1,0 +1,41 @@
+"""Settings of the test process, made before jax starts."""
+
+import json
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent
+
+jax.config.update("jax_compilation_cache_dir", str(ROOT.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class Golden:
+    """One file of recorded outputs of the original code; see the README beside the files."""
+
+    def __init__(self, path: pathlib.Path):
+        self._arrays = np.load(path)
+        self.meta = json.loads(str(self._arrays["meta"]))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
+
+    def weights(self, prefix: str = "weights/") -> dict[str, np.ndarray]:
+        """The tensors below a prefix, under their original names."""
+        return {name.removeprefix(prefix): self._arrays[name] for name in self._arrays if name.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("lpd/sample") -> Golden."""
+    return lambda name: Golden(ROOT / "goldens" / f"{name}.npz")

@@ -1,0 +1,592 @@
+"""The VQ tokenizer against LlamaGen's outputs, and its losses against their equations in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lumen.generation.perceptual import LPIPS, load_lpips
+from lumen.generation.vq import (
+    LossWeights,
+    PatchDiscriminator,
+    Upsample,
+    VQConfig,
+    VQModel,
+    codebook_usage,
+    discriminator_loss,
+    entropy_loss,
+    to_uint8,
+    vq_loss,
+)
+from lumen.io.names.vq import IGNORED, RULES
+from lumen.io.pretrained import from_original, to_original
+
+# From the goldens' README; float32 sums of up to 576 terms through some 30 layers.
+FEATURES = {"atol": 2e-4, "rtol": 2e-4}
+IMAGE = {"atol": 5e-4, "rtol": 5e-4}
+
+
+@pytest.fixture(scope="module")
+def original(golden):
+    """The golden files and the model with their weights: the encoder's are in one file, the decoder's in the other."""
+    encode, decode = golden("vq16/encode"), golden("vq16/decode")
+    c = encode.meta["config"]
+    config = VQConfig(
+        channels=c["ch"],
+        channel_multipliers=tuple(c["ch_mult"]),
+        encoder_blocks=c["num_res_blocks_encoder"],
+        decoder_blocks=c["num_res_blocks_decoder"],
+        latent_channels=c["z_channels"],
+        codebook_size=c["codebook_size"],
+        code_dim=c["codebook_embed_dim"],
+        groups=c["group_norm_groups"],
+    )
+    assert config.stride == c["stride"]
+    tensors = encode.weights() | decode.weights() | {"quantize.codebook_used": np.zeros(65536, np.float32)}
+    return from_original(tensors, VQModel(config, rngs=nnx.Rngs(0)), RULES, IGNORED), encode, decode
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small random model whose zero biases and unit scales hide nothing, and three images."""
+    model = VQModel(VQConfig.debug(), rngs=nnx.Rngs(1))
+    model = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), model)
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 16, 24, 3)).astype(np.float32)
+    return model, images
+
+
+def nhwc(x):
+    return np.moveaxis(x, 1, -1)
+
+
+def check_features(features, record):
+    """Compares with recorded features, some of which hold only the first sample's first 8 channels."""
+    for name, got in features.items():
+        want = nhwc(record[f"out/features/{name}"])
+        np.testing.assert_allclose(got[: want.shape[0], ..., : want.shape[-1]], want, **FEATURES, err_msg=name)
+
+
+class TestGoldens:
+    def test_encoder_features(self, original):
+        model, record, _ = original
+        encoder, features = model.encoder, {}
+        h = features["encoder.conv_in"] = encoder.conv_in(nhwc(record["in/image"]))
+        features["encoder.conv_blocks.0.res.0"] = encoder.levels[0].blocks[0](h)
+        h = features["encoder.conv_blocks.0.downsample"] = encoder.downsamples[0](encoder.levels[0](h))
+        h = encoder.downsamples[1](encoder.levels[1](h))
+        block = features["encoder.conv_blocks.2.res.0"] = encoder.levels[2].blocks[0](h)
+        features["encoder.conv_blocks.2.attn.0"] = encoder.levels[2].attentions[0](block)
+        features["encoder.mid.1"] = encoder.middle.attention(encoder.middle.block1(encoder.levels[2](h)))
+        features["encoder"] = encoder(nhwc(record["in/image"]))
+        features["quant_conv"] = model.latents(nhwc(record["in/image"]))
+        check_features(features, record)
+
+    def test_encode(self, original):
+        model, record, _ = original
+        codes, latents = jax.jit(lambda model, x: model.encode(x))(model, nhwc(record["in/image"]))
+        assert codes.dtype == jnp.int32
+        np.testing.assert_array_equal(codes, record["out/indices"])
+        np.testing.assert_allclose(latents, nhwc(record["out/features/quant_conv"]), **FEATURES)
+        np.testing.assert_allclose(
+            model.lookup(codes).reshape(latents.shape), nhwc(record["out/quantised"]), atol=1e-6
+        )  # float32 rounding of a unit vector
+
+    def test_quantiser_terms(self, original):
+        model, record, _ = original
+        quantized = model.quantize(nhwc(record["out/features/quant_conv"]))
+        np.testing.assert_array_equal(quantized.codes, record["out/indices"])
+        np.testing.assert_allclose(quantized.latents, nhwc(record["out/quantised"]), atol=1e-6)
+        beta = LossWeights().commitment
+        np.testing.assert_allclose(quantized.codebook, record["out/vq_loss"], rtol=1e-4)
+        np.testing.assert_allclose(beta * quantized.commitment, record["out/commit_loss"], rtol=1e-4)
+        np.testing.assert_allclose(quantized.entropy, record["out/entropy_loss_unscaled"], rtol=1e-4)
+
+    def test_decoder_features(self, original):
+        model, _, record = original
+        decoder, features = model.decoder, {}
+        grid = tuple(record["in/grid"])
+        codes = model.lookup(record["in/indices"].reshape(-1, *grid))
+        np.testing.assert_allclose(codes, nhwc(record["out/codes"]), atol=1e-6)
+        h = features["post_quant_conv"] = model.from_code(codes)
+        h = features["decoder.conv_in"] = decoder.conv_in(h)
+        features["decoder.mid.1"] = decoder.middle.attention(decoder.middle.block1(h))
+        h = decoder.middle(h)
+        features["decoder.conv_blocks.0.res.0"] = decoder.levels[0].blocks[0](h)
+        h = features["decoder.conv_blocks.0.attn.2"] = decoder.levels[0](h)
+        h = features["decoder.conv_blocks.0.upsample"] = decoder.upsamples[0](h)
+        h = features["decoder.conv_blocks.2.res.2"] = decoder.levels[2](decoder.upsamples[1](decoder.levels[1](h)))
+        features["decoder.norm_out"] = decoder.norm_out(h)
+        check_features(features, record)
+
+    def test_decode(self, original):
+        model, _, record = original
+        grid = tuple(record["in/grid"].tolist())
+        images = jax.jit(lambda model, codes: model.decode_codes(codes, grid=grid))(model, record["in/indices"])
+        np.testing.assert_allclose(images, nhwc(record["out/image"]), **IMAGE)
+        pixels, want = to_uint8(images), record["out/uint8"]
+        assert pixels.dtype == jnp.uint8
+        value = 127.5 * (nhwc(record["out/image"]) + 1)
+        # Off by one only where the float tolerance, 127.5 * (5e-4 + 5e-4 |x|), reaches the next rounding boundary.
+        slack = 127.5 * (IMAGE["atol"] + IMAGE["rtol"] * np.abs(nhwc(record["out/image"])))
+        near_boundary = np.abs(value - np.floor(value) - 0.5) < slack
+        difference = np.abs(pixels.astype(np.int32) - want.astype(np.int32))
+        assert difference.max() <= 1
+        assert not np.any((difference == 1) & ~near_boundary)
+
+    def test_forward_is_encode_then_decode(self, original):
+        model, record, _ = original
+        images = nhwc(record["in/image"])
+        reconstruction, quantized = model(images)
+        codes, _ = model.encode(images)
+        np.testing.assert_array_equal(quantized.codes, codes)
+        # z + (e - z) differs from e by the rounding of a unit vector, amplified by the decoder.
+        np.testing.assert_allclose(reconstruction, model.decode_codes(codes, grid=(8, 8)), **IMAGE)
+
+
+def published_shapes():
+    """Every tensor of vq_ds16_c2i.pt: specs/lpd.md section 4.2, written out."""
+    shapes = {}
+
+    def add(name, *weight):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = weight, weight[:1]
+
+    def residual(name, inputs, outputs):
+        add(f"{name}.norm1", inputs)
+        add(f"{name}.conv1", outputs, inputs, 3, 3)
+        add(f"{name}.norm2", outputs)
+        add(f"{name}.conv2", outputs, outputs, 3, 3)
+
+    def attention(name):
+        add(f"{name}.norm", 512)
+        for part in ("q", "k", "v", "proj_out"):
+            add(f"{name}.{part}", 512, 512, 1, 1)
+
+    encoder, decoder = "encoder.conv_blocks", "decoder.conv_blocks"
+    add("encoder.conv_in", 128, 3, 3, 3)
+    for i, (inputs, width) in enumerate([(128, 128), (128, 128), (128, 256), (256, 256), (256, 512)]):
+        residual(f"{encoder}.{i}.res.0", inputs, width)
+        residual(f"{encoder}.{i}.res.1", width, width)
+        if i < 4:
+            add(f"{encoder}.{i}.downsample.conv", width, width, 3, 3)
+    add(f"{encoder}.2.res.0.nin_shortcut", 256, 128, 1, 1)
+    add(f"{encoder}.4.res.0.nin_shortcut", 512, 256, 1, 1)
+    attention(f"{encoder}.4.attn.0")
+    attention(f"{encoder}.4.attn.1")
+    for half in ("encoder", "decoder"):
+        residual(f"{half}.mid.0", 512, 512)
+        attention(f"{half}.mid.1")
+        residual(f"{half}.mid.2", 512, 512)
+    add("encoder.norm_out", 512)
+    add("encoder.conv_out", 256, 512, 3, 3)
+    add("decoder.conv_in", 512, 256, 3, 3)
+    for i, (inputs, width) in enumerate([(512, 512), (512, 256), (256, 256), (256, 128), (128, 128)]):
+        residual(f"{decoder}.{i}.res.0", inputs, width)
+        residual(f"{decoder}.{i}.res.1", width, width)
+        residual(f"{decoder}.{i}.res.2", width, width)
+        if i < 4:
+            add(f"{decoder}.{i}.upsample.conv", width, width, 3, 3)
+    for j in range(3):
+        attention(f"{decoder}.0.attn.{j}")
+    add(f"{decoder}.1.res.0.nin_shortcut", 256, 512, 1, 1)
+    add(f"{decoder}.3.res.0.nin_shortcut", 128, 256, 1, 1)
+    add("decoder.norm_out", 128)
+    add("decoder.conv_out", 3, 128, 3, 3)
+    add("quant_conv", 8, 256, 1, 1)
+    add("post_quant_conv", 256, 8, 1, 1)
+    shapes["quantize.embedding.weight"] = (16384, 8)
+    return shapes
+
+
+class TestPublishedWeights:
+    def test_table_covers_vq16(self):
+        shapes = published_shapes()
+        assert round(sum(np.prod(shape) for shape in shapes.values()) / 1e6, 1) == 71.9
+        abstract = jax.eval_shape(lambda: VQModel(VQConfig.vq16(), rngs=nnx.Rngs(0)))
+        # Broadcast zeros take no memory; any missing, extra or misshapen name raises.
+        tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+        from_original(tensors | {"quantize.codebook_used": np.zeros(65536, np.float32)}, abstract, RULES, IGNORED)
+
+    def test_round_trip(self, original):
+        model, encode, decode = original
+        written = to_original(model, RULES)
+        for name, tensor in (encode.weights() | decode.weights()).items():
+            np.testing.assert_array_equal(written.pop(name), tensor, err_msg=name)
+        assert not written
+
+
+class TestQuantiser:
+    def test_codes_are_the_nearest_in_float64(self):
+        model = VQModel(VQConfig.debug(codebook_size=100, code_dim=8), rngs=nnx.Rngs(2))
+        latents = np.random.default_rng(1).normal(size=(2, 5, 7, 8)).astype(np.float32)
+        unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in np.float64(1) * [latents.reshape(-1, 8)]]
+        table = np.float64(model.codebook[...])
+        distances = ((unit[0][:, None] - table / np.linalg.norm(table, axis=-1, keepdims=True)) ** 2).sum(-1)
+        ordered = np.sort(distances, axis=-1)
+        assert (ordered[:, 1] - ordered[:, 0]).min() > 1e-5  # no tie within float32 rounding
+        quantized = model.quantize(latents)
+        np.testing.assert_array_equal(quantized.codes.ravel(), distances.argmin(-1))
+        # The mean over D entries of the squared distance is distance / D.
+        np.testing.assert_allclose(quantized.codebook, ordered[:, 0].mean() / 8, rtol=1e-5)
+
+    def test_latent_length_does_not_matter(self, small):
+        model, images = small
+        latents = model.latents(images)
+        np.testing.assert_array_equal(model.quantize(latents).codes, model.quantize(100 * latents).codes)
+
+    def test_codebook_rows_have_unit_length(self, small):
+        model, _ = small
+        rows = model.lookup(jnp.arange(32))
+        np.testing.assert_allclose(jnp.linalg.norm(rows, axis=-1), 1, rtol=1e-6)
+
+    def test_initial_codebook_is_unit_and_spread(self):
+        rows = VQModel(VQConfig.debug(), rngs=nnx.Rngs(0)).codebook[...]
+        np.testing.assert_allclose(jnp.linalg.norm(rows, axis=-1), 1, rtol=1e-6)
+        assert jnp.abs(rows.mean(0)).max() < 0.4  # 32 directions: standard deviation 0.5 / sqrt(32) = 0.09
+
+    def test_straight_through(self, small):
+        """The decoder's gradient reaches the unit latent as if quantisation were the identity."""
+        model, images = small
+        latents = model.latents(images)
+        direction = np.random.default_rng(2).normal(size=latents.shape).astype(np.float32)
+        got = jax.grad(lambda z: jnp.sum(model.quantize(z).latents * direction))(latents)
+        want = jax.grad(lambda z: jnp.sum(z / jnp.linalg.norm(z, axis=-1, keepdims=True) * direction))(latents)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+    def test_which_side_each_term_trains(self, small):
+        model, images = small
+        for term, trains_codebook in (("codebook", True), ("commitment", False)):
+            grads = jax.grad(lambda model, term=term: getattr(model.quantize(model.latents(images)), term))(model)
+            assert bool(jnp.any(grads.codebook[...])) == trains_codebook
+            assert bool(jnp.any(grads.encoder.conv_in.kernel[...])) != trains_codebook
+
+    def test_no_array_of_all_differences(self, small):
+        """Comparing N latents to V codes never builds [N, V, D]."""
+        model, images = small
+        size, dim = model.config.codebook_size, model.config.code_dim
+        latents = model.latents(images)
+        jaxpr = jax.make_jaxpr(lambda z: model.quantize(z))(latents)
+        largest = max(var.aval.size for eqn in jaxpr.jaxpr.eqns for var in eqn.outvars)
+        assert largest <= latents.size // dim * size
+
+    def test_zero_latent_has_a_finite_gradient(self, small):
+        model, _ = small
+        grads = jax.grad(lambda z: jnp.sum(model.quantize(z).commitment))(jnp.zeros((1, 1, 1, 4)))
+        assert jnp.all(jnp.isfinite(grads))
+
+
+class TestLayers:
+    @pytest.mark.parametrize("shape", [(1, 1, 1, 4), (2, 3, 5, 4)])
+    def test_upsample_is_repeat_then_convolution(self, shape):
+        layer = Upsample(4, rngs=nnx.Rngs(0))
+        x = jax.random.normal(jax.random.key(0), shape)
+
+        def direct(layer, x):
+            return layer.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+
+        # float32 sums of 36 products of order 1.
+        np.testing.assert_allclose(layer(x), direct(layer, x), atol=36 * 2**-23)
+        direction = jax.random.normal(jax.random.key(1), direct(layer, x).shape)
+        got, want = (
+            jax.grad(lambda layer, x, f=f: jnp.sum(f(layer, x) * direction), argnums=(0, 1))(layer, x)
+            for f in (lambda layer, x: layer(x), direct)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), got, want)
+
+    def test_downsample_pads_only_below_and_right(self, small):
+        """A kernel that copies its top left tap sees no padding; one that copies its bottom right tap sees it last."""
+        conv = small[0].encoder.downsamples[0]
+        x = jax.random.normal(jax.random.key(0), (1, 6, 6, 8))
+
+        def copy_tap(row, column):
+            kernel = jnp.zeros((3, 3, 8, 8)).at[row, column].set(jnp.eye(8))
+            graphdef, state = nnx.split(conv)
+            state["kernel"], state["bias"] = kernel, jnp.zeros(8)
+            return nnx.merge(graphdef, state)(x)
+
+        np.testing.assert_array_equal(copy_tap(0, 0), x[:, ::2, ::2])
+        np.testing.assert_array_equal(copy_tap(2, 2), jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))[:, 2::2, 2::2])
+
+    def test_dropout_needs_a_key(self):
+        model = VQModel(VQConfig.debug(dropout=0.5), rngs=nnx.Rngs(0))
+        images = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
+        run = jax.jit(lambda model, key: model(images, key=key)[0])
+        plain = run(model, None)
+        np.testing.assert_array_equal(plain, run(model, None))
+        a, b = run(model, jax.random.key(0)), run(model, jax.random.key(1))
+        assert jnp.any(a != plain)
+        assert jnp.any(a != b)
+
+    def test_bfloat16_parameters_give_bfloat16_images(self, small):
+        model, images = small
+        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+        codes, _ = model.encode(images)
+        want = model.decode_codes(codes, grid=(4, 6))
+        got = half.decode_codes(codes, grid=(4, 6))
+        assert got.dtype == jnp.bfloat16
+        # About 20 layers, each rounding to 2**-9 of values of order 1.
+        assert jnp.sqrt(jnp.mean((got.astype(jnp.float32) - want) ** 2)) < 20 * 2**-9 * jnp.std(want)
+
+    def test_other_strides(self):
+        config = VQConfig(channels=4, channel_multipliers=(1, 2), groups=2, latent_channels=6, codebook_size=5)
+        model = VQModel(config, rngs=nnx.Rngs(0))
+        codes, latents = model.encode(jnp.zeros((2, 6, 4, 3)))
+        assert (config.stride, codes.shape, latents.shape) == (2, (2, 6), (2, 3, 2, 8))
+        assert model.decode_codes(codes, grid=(3, 2)).shape == (2, 6, 4, 3)
+
+
+class TestErrors:
+    def test_groups_must_divide_widths(self):
+        with pytest.raises(ValueError, match=r"level widths \[16, 32\] are not multiples of groups=32.*groups=16"):
+            VQConfig(channels=16, channel_multipliers=(1, 2, 2, 1)[:2])
+
+    def test_levels_must_exist(self):
+        with pytest.raises(ValueError, match="channel_multipliers is empty"):
+            VQConfig(channel_multipliers=())
+
+    def test_images_must_fit_the_stride(self, small):
+        with pytest.raises(ValueError, match="16 x 18 pixels; wanted multiples of the stride 4"):
+            small[0].encode(jnp.zeros((1, 16, 18, 3)))
+
+    def test_codes_must_fill_the_grid(self, small):
+        with pytest.raises(ValueError, match="24 codes do not fill a grid of 4 x 4"):
+            small[0].decode_codes(jnp.zeros((1, 24), int), grid=(4, 4))
+
+    def test_discriminator_needs_a_step(self, small):
+        discriminator = PatchDiscriminator(2, layers=1, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match="a discriminator was given but no step"):
+            vq_loss(*small, discriminator=discriminator)
+
+    def test_discriminator_needs_large_images(self):
+        discriminator = PatchDiscriminator(2, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match="images of 16 x 24 pixels, 3 layers need 24"):
+            discriminator(jnp.zeros((1, 16, 24, 3)))
+
+
+class TestPixelsAndUsage:
+    def test_to_uint8(self):
+        # 127.5 rounds to the even 128; 0.996 -> 254.49, 0.9962 -> 254.5155.
+        values = jnp.array([-3.0, -1.0, 0.0, 0.996, 0.9962, 1.0, 7.0])
+        np.testing.assert_array_equal(to_uint8(values), [0, 0, 128, 254, 255, 255, 255])
+
+    def test_codebook_usage(self):
+        assert codebook_usage(jnp.array([[3, 3], [0, 7]]), 8) == 3 / 8
+
+
+class TestEntropyLoss:
+    def test_extremes(self):
+        """Sure and spread: -log V. Unsure: 0, whatever the spread. Sure of one code: 0."""
+        size = 8
+        sure = entropy_loss(2 * jnp.eye(size) - 2)
+        # 1e-5 inside the logarithm changes log(1/8) by 8e-5.
+        np.testing.assert_allclose(sure, -np.log(size), atol=1e-4)
+        np.testing.assert_allclose(entropy_loss(jnp.zeros((5, size))), 0, atol=1e-4)
+        np.testing.assert_allclose(entropy_loss(jnp.tile(jnp.eye(size)[:1], (5, 1))), 0, atol=1e-4)
+
+    def test_equation(self):
+        affinity = np.random.default_rng(0).uniform(-0.05, 0, (3, 4, 6))
+        p = np.exp(affinity.reshape(12, 6) / 0.01)
+        p /= p.sum(-1, keepdims=True)
+        mean = p.mean(0)
+        want = -(p * np.log(p)).sum(-1).mean() + (mean * np.log(mean + 1e-5)).sum()
+        np.testing.assert_allclose(entropy_loss(jnp.float32(affinity)), want, rtol=1e-5)
+
+
+def convolve(x, kernel, bias=0.0, stride=1):
+    """[B, H, W, I], [k, k, I, O] -> [B, H', W', O] in float64, zero padding of 1."""
+    windows = np.lib.stride_tricks.sliding_window_view(
+        np.pad(np.float64(x), ((0, 0), (1, 1), (1, 1), (0, 0))), kernel.shape[:2], axis=(1, 2)
+    )[:, ::stride, ::stride]  # [B, H', W', I, k, k]
+    return np.tensordot(windows, np.float64(kernel), axes=[(3, 4, 5), (2, 0, 1)]) + np.float64(bias)
+
+
+class TestDiscriminator:
+    def test_published_size(self):
+        abstract = jax.eval_shape(lambda: PatchDiscriminator(rngs=nnx.Rngs(0)))
+        # pix2pix: 3136 + 131328 + 524800 + 2098176 + 8193; no bias where a normalisation follows.
+        assert sum(x.size for x in jax.tree.leaves(abstract)) == 2_765_633
+        logits = jax.eval_shape(lambda d: d(jnp.zeros((2, 256, 256, 3))), abstract)
+        assert logits.shape == (2, 30, 30, 1)
+
+    def test_equation(self):
+        d = PatchDiscriminator(4, layers=2, rngs=nnx.Rngs(0))
+        d = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), d)
+        images = np.random.default_rng(0).uniform(-1, 1, (3, 16, 12, 3)).astype(np.float32)
+
+        def leaky(x):
+            return np.where(x > 0, x, 0.2 * x)
+
+        h = leaky(convolve(images, d.conv_in.kernel[...], d.conv_in.bias[...], stride=2))
+        for conv, norm, stride in zip(d.convs, d.norms, (2, 1), strict=True):
+            h = convolve(h, conv.kernel[...], stride=stride)
+            h = (h - h.mean((0, 1, 2))) / np.sqrt(h.var((0, 1, 2)) + 1e-5)
+            h = leaky(h * np.float64(norm.scale[...]) + np.float64(norm.bias[...]))
+        want = convolve(h, d.conv_out.kernel[...], d.conv_out.bias[...])
+        assert want.shape == (3, 2, 1, 1)
+        np.testing.assert_allclose(d(images), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+    def test_hinge_loss(self):
+        d = PatchDiscriminator(4, layers=1, rngs=nnx.Rngs(0))
+        real, generated = np.random.default_rng(0).uniform(-1, 1, (2, 4, 8, 8, 3)).astype(np.float32)
+        loss, logits = discriminator_loss(d, real, generated, LossWeights(adversarial_start=5), step=5)
+        a, b = np.float64(d(real)), np.float64(d(generated))
+        # 0.5 is the adversarial weight, another 0.5 the mean of the two sides.
+        want = 0.5 * 0.5 * (np.maximum(1 - a, 0).mean() + np.maximum(1 + b, 0).mean())
+        np.testing.assert_allclose(loss, want, rtol=1e-5)
+        np.testing.assert_allclose([logits["real"], logits["generated"]], [a.mean(), b.mean()], rtol=1e-4, atol=1e-6)
+        assert discriminator_loss(d, real, generated, LossWeights(adversarial_start=5), step=4)[0] == 0
+        grads = jax.grad(lambda x: discriminator_loss(d, real, x, LossWeights(), step=30_000)[0])(generated)
+        assert not jnp.any(grads)
+
+
+class TestLoss:
+    def test_sum_of_weighted_terms(self, small):
+        model, images = small
+        weights = LossWeights(pixel=2, perceptual=3, codebook=5, commitment=7, entropy=11, adversarial=13)
+        discriminator = PatchDiscriminator(2, layers=1, rngs=nnx.Rngs(0))
+        loss, aux = vq_loss(
+            model,
+            images,
+            weights,
+            perceptual=lambda a, b: jnp.mean(jnp.abs(a - b), axis=(1, 2, 3)),
+            discriminator=discriminator,
+            step=20_000,
+        )
+        reconstruction, quantized = model(images)
+        np.testing.assert_allclose(aux.images, reconstruction, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(aux.codes, quantized.codes)
+        terms = {
+            "pixel": np.mean((reconstruction - images) ** 2),
+            "perceptual": np.mean(np.abs(reconstruction - images)),
+            "codebook": quantized.codebook,
+            "commitment": quantized.commitment,
+            "entropy": quantized.entropy,
+            "adversarial": -np.mean(discriminator(reconstruction)),
+        }
+        for name, value in terms.items():
+            np.testing.assert_allclose(aux.metrics[name], value, rtol=1e-5, err_msg=name)
+        assert aux.metrics["codebook_usage"] == len(np.unique(quantized.codes)) / 32
+        want = sum(getattr(weights, name) * value for name, value in terms.items())
+        np.testing.assert_allclose(loss, want, rtol=1e-5)
+
+    def test_published_weights(self, small):
+        model, images = small
+        loss, aux = vq_loss(model, images)
+        m = aux.metrics
+        np.testing.assert_allclose(loss, m["pixel"] + m["codebook"] + 0.25 * m["commitment"], rtol=1e-6)
+        assert set(m) == {"pixel", "codebook", "commitment", "codebook_usage"}
+
+    def test_adversarial_term_starts_later(self, small):
+        model, images = small
+        discriminator = PatchDiscriminator(2, layers=1, rngs=nnx.Rngs(0))
+        without, _ = vq_loss(model, images)
+        before, _ = vq_loss(model, images, discriminator=discriminator, step=19_999)
+        after, aux = vq_loss(model, images, discriminator=discriminator, step=20_000)
+        np.testing.assert_allclose(before, without, rtol=1e-6)
+        np.testing.assert_allclose(after - without, 0.5 * aux.metrics["adversarial"], rtol=1e-3)
+
+    def test_adaptive_weight_balances_gradients_at_the_last_layer(self, small):
+        model, images = small
+        discriminator = PatchDiscriminator(2, layers=1, rngs=nnx.Rngs(0))
+        weights = LossWeights(adversarial=1.0, adversarial_start=0, adaptive=True, codebook=0, commitment=0)
+
+        def last_kernel(loss):
+            return np.linalg.norm(jax.grad(loss)(model).decoder.conv_out.kernel[...])
+
+        # The same gradients, the long way: through the whole model.
+        pixel = last_kernel(lambda model: jnp.mean((model(images)[0] - images) ** 2))
+        adversarial = last_kernel(lambda model: -jnp.mean(discriminator(model(images)[0])))
+        _, aux = vq_loss(model, images, weights, discriminator=discriminator, step=0)
+        np.testing.assert_allclose(aux.metrics["adversarial_weight"], pixel / (adversarial + 1e-4), rtol=1e-3)
+
+        # The weight is a constant to the generator's gradient.
+        scale = float(aux.metrics["adversarial_weight"])
+        fixed = LossWeights(adversarial=scale, adversarial_start=0, codebook=0, commitment=0)
+        got, want = (
+            jax.jit(jax.grad(lambda model, w=w: vq_loss(model, images, w, discriminator=discriminator, step=0)[0]))(model)
+            for w in (weights, fixed)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
+
+    def test_training_reduces_it(self):
+        """Forty plain gradient steps on one batch at least halve the pixel error."""
+        model = VQModel(VQConfig.debug(), rngs=nnx.Rngs(0))
+        images = jnp.broadcast_to(jnp.linspace(-1, 1, 16)[:, None, None], (2, 16, 16, 3))
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        @jax.jit
+        def step(params):
+            (_, aux), grads = jax.value_and_grad(
+                lambda p: vq_loss(nnx.merge(graphdef, p, rest), images), has_aux=True
+            )(params)
+            return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), aux.metrics["pixel"]
+
+        params, first = step(params)
+        for _ in range(40):
+            params, last = step(params)
+        assert last < first / 2
+
+
+VGG_LAYERS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256)}
+VGG_LAYERS |= {17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}
+
+
+@pytest.fixture(scope="module")
+def vgg_tensors():
+    """Random weights under torchvision's and LPIPS' names, of He's scale so that activations keep their size."""
+    rng = np.random.default_rng(0)
+    vgg, heads = {"classifier.0.weight": np.zeros((2, 2), np.float32)}, {}
+    for i, (inputs, outputs) in VGG_LAYERS.items():
+        kernel = rng.standard_normal((outputs, inputs, 3, 3), np.float32)
+        vgg[f"features.{i}.weight"] = kernel * np.float32((2 / (9 * inputs)) ** 0.5)
+        vgg[f"features.{i}.bias"] = 0.1 * rng.standard_normal(outputs, np.float32)
+    for i, width in enumerate((64, 128, 256, 512, 512)):
+        heads[f"lin{i}.model.1.weight"] = rng.random((1, width, 1, 1), np.float32)
+    return vgg, heads
+
+
+@pytest.fixture(scope="module")
+def lpips(vgg_tensors, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lpips")
+    for name, tensors in zip(("vgg", "heads"), vgg_tensors, strict=True):
+        np.savez(folder / f"{name}.npz", **tensors)
+    return load_lpips(folder / "vgg.npz", folder / "heads.npz")
+
+
+class TestLPIPS:
+    def test_equation(self, lpips, vgg_tensors):
+        vgg, heads = vgg_tensors
+        x, y = np.random.default_rng(1).uniform(-1, 1, (2, 2, 16, 20, 3)).astype(np.float32)
+
+        def features(images):
+            h = (np.float64(images) - [-0.030, -0.088, -0.188]) / [0.458, 0.448, 0.450]
+            out = []
+            for i in VGG_LAYERS:
+                if i in (5, 10, 17, 24):  # a pooling layer stands before these
+                    out.append(h)
+                    b, height, width, c = h.shape
+                    h = h[:, : height // 2 * 2, : width // 2 * 2].reshape(b, height // 2, 2, width // 2, 2, c)
+                    h = h.max((2, 4))
+                h = convolve(h, vgg[f"features.{i}.weight"].transpose(2, 3, 1, 0), vgg[f"features.{i}.bias"])
+                h = np.maximum(h, 0)
+            return [*out, h]
+
+        want = np.zeros(2)
+        for i, (a, b) in enumerate(zip(features(x), features(y), strict=True)):
+            a, b = (f / (np.linalg.norm(f, axis=-1, keepdims=True) + 1e-10) for f in (a, b))
+            want += ((a - b) ** 2 @ np.float64(heads[f"lin{i}.model.1.weight"].ravel())).mean((1, 2))
+        # float32 sums of up to 4608 terms through 13 layers.
+        np.testing.assert_allclose(lpips(x, y), want, rtol=1e-4)
+
+    def test_same_image_is_at_distance_zero(self, lpips):
+        x = np.random.default_rng(1).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+        assert lpips(x, x) == 0
+
+    def test_gradient_is_finite_where_all_features_are_zero(self):
+        """Zero weights leave every activation at 0, where a bare square root has no derivative."""
+        x = jnp.ones((1, 16, 16, 3))
+        grads = jax.grad(lambda y: LPIPS()(x, y).sum())(0.5 * x)
+        np.testing.assert_array_equal(grads, np.zeros_like(grads))
+
+    def test_nothing_trains(self, lpips):
+        assert not jax.tree.leaves(nnx.state(lpips, nnx.Param))
