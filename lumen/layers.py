@@ -54,7 +54,8 @@ class Frozen(nnx.Variable):
 
 
 def freeze(module: nnx.Module) -> nnx.Module:
-    """Makes every parameter of a module `Frozen`, in place, and returns the module."""
+    """A copy of a module in which every parameter is `Frozen`."""
+    module = nnx.clone(module)
     for _, node in nnx.iter_modules(module):
         for name, value in vars(node).items():
             if isinstance(value, nnx.Param):

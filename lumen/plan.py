@@ -337,8 +337,7 @@ def compile_plan(jitted, *args, topology: Topology, mesh: jax.sharding.Mesh) -> 
     the program holds besides the arguments. Without its GPU XLA cannot time kernels, and may choose others than there.
 
     Args:
-      jitted: a result of jax.jit.
-      *args: its arguments, trees of jax.ShapeDtypeStruct with shardings over `mesh`.
+      *args: trees of jax.ShapeDtypeStruct with shardings over `mesh`.
       topology: what to compile for.
       mesh: over devices of the topology; it is JAX's mesh (jax.set_mesh) while the function is traced.
     Raises:
@@ -347,8 +346,7 @@ def compile_plan(jitted, *args, topology: Topology, mesh: jax.sharding.Mesh) -> 
     """
     leaves = [leaf for leaf in jax.tree.leaves(args) if getattr(leaf, "sharding", None) is not None]
     if not any(leaf.sharding.device_set <= set(topology.devices) for leaf in leaves):
-        fix = "give jax.ShapeDtypeStruct(shape, dtype, sharding=...) with shardings over a mesh of topology.devices"
-        raise ValueError(f"compile_plan: no argument is placed on {topology.name}; {fix}.")
+        raise ValueError(f"compile_plan: no argument is on {topology.name}; give it shapes with shardings over `mesh`.")
     chip, capacity, notes = topology.chip, topology.chip.memory_bytes, ()
     output = alias = temporary = code = collectives = None
     with jax.set_mesh(mesh):
@@ -362,7 +360,8 @@ def compile_plan(jitted, *args, topology: Topology, mesh: jax.sharding.Mesh) -> 
                 raise
             seconds = time.perf_counter() - started
             amounts = re.findall(r"\(([\d.]+)([KMGT])\)", str(error))
-            peak, capacity = (int(float(number) * 2 ** (10 * " KMGT".index(unit))) for number, unit in amounts)
+            peak, capacity = (int(float(number) * 2 ** (10 * " KMGT".index(unit))) for number, unit in amounts[:2])
+            notes = ("compilation stopped for lack of memory: outputs, temporaries and communication are unknown",)
             argument = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
         else:
             seconds = time.perf_counter() - started
@@ -376,14 +375,14 @@ def compile_plan(jitted, *args, topology: Topology, mesh: jax.sharding.Mesh) -> 
     need, have = _size(peak), _size(capacity)
     verdict = f"fits: {need} of {have}"
     if peak > capacity:
-        verdict = f"does not fit, because a {chip.name} has {have} and needs {need}, {_size(argument)} of it arguments"
+        verdict = f"does not fit, because one device needs {need} ({_size(argument)} of arguments) and has {have}"
     elif topology.devices[0].platform in ("gpu", "cuda") and peak > 0.75 * capacity:
         verdict += "; set XLA_PYTHON_CLIENT_MEM_FRACTION, because JAX takes only 0.75 of it by default"
     return Plan(
         topology=topology.name,
         chip=chip.name,
         devices=mesh.size,
-        mesh=" ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1),
+        mesh=" ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "no split",
         argument_bytes=argument,
         output_bytes=output,
         alias_bytes=alias,
@@ -414,15 +413,12 @@ def format_plan(plan: Plan) -> str:
         "peak": f"{_size(plan.peak_bytes)} of {_size(plan.capacity_bytes)}",
         "operations": f"{plan.flops_per_device:.3e} FLOP of {plan.flops:.3e}, {share:.1%} in matrix products",
     }
-    if plan.collective_bytes:
-        rows |= {f"{kind} results": _size(size) for kind, size in plan.collective_bytes.items()}
-    else:
-        rows["collectives"] = "unknown" if plan.collective_bytes is None else "none"
+    rows |= {f"{kind} results": _size(size) for kind, size in (plan.collective_bytes or {}).items()}
     if plan.compute_seconds is not None and plan.memory_seconds is not None:
         rows["time for products"] = f"at least {plan.compute_seconds * 1e3:.3f} ms, at the bf16 peak"
         rows["time for arguments"] = f"at least {plan.memory_seconds * 1e3:.3f} ms, reading each once"
     head = f"{plan.topology}: {plan.devices} x {plan.chip} ({plan.mesh}), compiled in {plan.compile_seconds:.1f} s"
-    table = [f"  {label:<28}{value}" for label, value in rows.items()]
+    table = [f"  {label:<28}{value}" for label, value in rows.items() if "unknown" not in value]
     return "\n".join([head, "one device:", *table, *(f"note: {note}" for note in plan.notes), plan.verdict])
 
 
@@ -460,23 +456,22 @@ def run_isolated(argv: Sequence[str], *, topology: str, timeout: float = 3600.0)
       ValueError: for an unknown topology.
     """
     env, started = _child_environment(topology), time.monotonic()
-    child = Popen(
-        [sys.executable, *argv], env=env, stdout=PIPE, stderr=STDOUT, text=True, errors="replace", process_group=0
-    )
-    stop = functools.partial(os.killpg, child.pid, signal.SIGKILL)
-    timer = threading.Timer(timeout, stop)
-    timer.start()
     lines = []
-    try:
-        for line in child.stdout or ():
-            lines.append(line)
-            print(line, end="", flush=True)
-        code = child.wait()
-    finally:
-        timer.cancel()
-        if child.poll() is None:
-            stop()
-            child.wait()
+    with Popen(
+        [sys.executable, *argv], env=env, stdout=PIPE, stderr=STDOUT, text=True, errors="replace", process_group=0
+    ) as child:
+        stop = functools.partial(os.killpg, child.pid, signal.SIGKILL)
+        timer = threading.Timer(timeout, stop)
+        timer.start()
+        try:
+            for line in child.stdout or ():
+                lines.append(line)
+                print(line, end="", flush=True)
+            code = child.wait()
+        finally:
+            timer.cancel()
+            if child.poll() is None:
+                stop()
     if code < 0:
         timed_out = code == -signal.SIGKILL and time.monotonic() - started >= timeout
         end = f"was stopped after {timeout:.0f} s" if timed_out else f"died of {signal.Signals(-code).name}"
@@ -494,7 +489,7 @@ def _child_environment(topology: str) -> dict[str, str]:
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if kind == "cpu":
         flags = os.environ.get("XLA_FLAGS", "")
-        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={sizes[0]}".strip()
+        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={sizes[0]}"
     elif kind in _TPUS:  # what libtpu would ask the cloud for, and complain about where there is none
         environment = {"TPU_ACCELERATOR_TYPE": f"{kind}-8", "TPU_WORKER_HOSTNAMES": "localhost", **environment}
     else:  # kernels need ptxas and nvdisasm, which their wheels do not put on the path

@@ -52,7 +52,7 @@ class InceptionFeatures(NamedTuple):
     logits: jax.Array | np.ndarray
 
 
-def resize_tf1(images: jax.Array, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE) -> jax.Array:
+def resize_tf1(images: jax.Array | np.ndarray, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE) -> jax.Array:
     """Bilinear resize as TensorFlow 1 does it with align_corners=False.
 
     Output row i lies at s = i * H / height (float32) and mixes input rows floor(s) and min(floor(s) + 1, H - 1) with

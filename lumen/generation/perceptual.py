@@ -4,6 +4,7 @@ Source: arXiv:1801.03924 (richzhang/PerceptualSimilarity v0.1, "vgg"), as in Lla
 Images are NHWC in [-1, 1].
 """
 
+import itertools
 import os
 
 import jax
@@ -42,7 +43,7 @@ class VGG16(nnx.Module):
 
     def __init__(self):
         widths = [3, *(width for stage in _STAGES for width in stage)]
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         self.kernels = nnx.List(Frozen(jnp.zeros((3, 3, inputs, outputs))) for inputs, outputs in pairs)
         self.biases = nnx.List(Frozen(jnp.zeros((outputs,))) for _, outputs in pairs)
 

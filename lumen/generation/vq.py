@@ -6,6 +6,7 @@ becomes h w codes in raster order. Letters: B batch, h w token grid, C channels,
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -297,9 +298,9 @@ class Quantized(NamedTuple):
 class VQModel(nnx.Module):
     """Encoder, L2-normalised codebook and decoder.
 
-    A latent z and a code e compare by the angle between them, argmin |z/|z| - e/|e|| = argmax cos(z, e), and the decoder
-    receives e/|e|. Codes are chosen in float32 whatever the parameters' type; keep the codebook itself in float32 where
-    codes must not change. Published weights: `lumen.io.names.vq`.
+    A latent z and a code e compare by the angle between them, argmin |z/|z| - e/|e|| = argmax cos(z, e), and the
+    decoder receives e/|e|. Codes are chosen in float32 whatever the parameters' type; keep the codebook itself in
+    float32 where codes must not change. Published weights: `lumen.io.names.vq`.
     """
 
     def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
@@ -319,7 +320,9 @@ class VQModel(nnx.Module):
         """
         stride, sides = self.config.stride, images.shape[1:3]
         if any(side % stride for side in sides):
-            raise ValueError(f"VQModel: images of {sides[0]} x {sides[1]} pixels; wanted multiples of the stride {stride}.")
+            raise ValueError(
+                f"VQModel: images of {sides[0]} x {sides[1]} pixels; wanted multiples of the stride {stride}."
+            )
         return self.to_code(self.encoder(images, key=key))
 
     def encode(self, images):
@@ -409,9 +412,35 @@ def to_uint8(images):
     return jnp.round(jnp.clip(255.0 * (images.astype(jnp.float32) + 1.0) / 2.0, 0.0, 255.0)).astype(jnp.uint8)
 
 
-def codebook_usage(codes, codebook_size: int):
-    """Share of the codebook that occurs in `codes` (integers, any shape), scalar float32 in [0, 1]."""
-    return jnp.mean(jnp.bincount(codes.ravel(), length=codebook_size) > 0, dtype=jnp.float32)
+def code_frequencies(codes, codebook_size: int):
+    """Share of each code in `codes` (integers, any shape): [V] float32, sums to 1."""
+    return jnp.bincount(codes.ravel(), length=codebook_size) / codes.size
+
+
+def revive(model: VQModel, latents, frequencies, key, *, threshold: float = 0.1) -> tuple[VQModel, jax.Array]:
+    """Moves codes that are hardly ever chosen onto random latents, so that a small codebook is used whole.
+
+    Code v is dead where frequencies[v] < threshold / V. To be called every few dozen steps in the earlier part of the
+    training. Not in LlamaGen; the idea is Jukebox's (arXiv:2005.00341, section 3.1).
+
+    Args:
+      model: the tokenizer.
+      latents: [..., D], of a recent batch, from `VQModel.encode`.
+      frequencies: [V], a running mean of `code_frequencies`.
+      key: PRNG key.
+      threshold: in units of the frequency of an evenly used codebook.
+
+    Returns:
+      A model with the new codebook, and the frequencies with revived codes at 1 / V, so that they get time to be used.
+    """
+    size = model.config.codebook_size
+    dead = frequencies < threshold / size
+    rows = latents.reshape(-1, latents.shape[-1])
+    fresh = _unit(rows[jax.random.randint(key, (size,), 0, len(rows))])
+    graphdef, state = nnx.split(model)
+    codebook = state["codebook"][...]
+    state["codebook"] = state["codebook"].replace(jnp.where(dead[:, None], fresh, codebook).astype(codebook.dtype))
+    return nnx.merge(graphdef, state), jnp.where(dead, 1 / size, frequencies)
 
 
 class BatchNorm(nnx.Module):
@@ -450,7 +479,7 @@ class PatchDiscriminator(nnx.Module):
         self.conv_in = _discriminator_conv(image_channels, widths[0], strides=2, rngs=rngs)
         self.convs = nnx.List(
             _discriminator_conv(inputs, outputs, strides=2 if i < layers else 1, use_bias=False, rngs=rngs)
-            for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False), start=1)
+            for i, (inputs, outputs) in enumerate(itertools.pairwise(widths), start=1)
         )
         self.norms = nnx.List(BatchNorm(width, rngs=rngs) for width in widths[1:])
         self.conv_out = _discriminator_conv(widths[-1], 1, rngs=rngs)
@@ -464,8 +493,8 @@ class PatchDiscriminator(nnx.Module):
         smallest = 3 * 2**self.layers
         if min(images.shape[1:3]) < smallest:
             raise ValueError(
-                f"PatchDiscriminator: images of {images.shape[1]} x {images.shape[2]} pixels, {self.layers} layers need "
-                f"{smallest}; use fewer layers."
+                f"PatchDiscriminator: images of {images.shape[1]} x {images.shape[2]} pixels, but {self.layers} layers "
+                f"need sides of {smallest}; use fewer layers."
             )
         h = jax.nn.leaky_relu(self.conv_in(images), 0.2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -523,13 +552,13 @@ class Reconstruction(NamedTuple):
 
     images: jax.Array  # [B, h s, w s, image_channels], for `discriminator_loss`
     codes: jax.Array  # [B, h w] int32
-    metrics: dict[str, jax.Array]  # unweighted loss terms and codebook usage of the batch, scalars
+    metrics: dict[str, jax.Array]  # unweighted loss terms, and the share of the codebook that the batch uses; scalars
 
 
 def vq_loss(
     model: VQModel,
     images,
-    weights: LossWeights = LossWeights(),  # noqa: B008 - frozen
+    weights: LossWeights = LossWeights(),
     *,
     perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     discriminator: PatchDiscriminator | None = None,
@@ -564,7 +593,7 @@ def vq_loss(
     metrics = {
         "codebook": quantized.codebook,
         "commitment": quantized.commitment,
-        "codebook_usage": codebook_usage(quantized.codes, model.config.codebook_size),
+        "codebook_usage": jnp.mean(code_frequencies(quantized.codes, model.config.codebook_size) > 0),
     }
 
     def similarity(generated):

@@ -7,6 +7,7 @@
 Orbax by itself hands back a flipped bit without a word, hence the manifest.
 """
 
+import atexit
 import base64
 import concurrent.futures
 import contextlib
@@ -157,6 +158,7 @@ class Checkpointer:
         logging.getLogger("absl").addFilter(_not_orbax_chatter)
         # Weights hardly compress, and compressing them takes longer than writing them.
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        atexit.register(self._report_at_exit)
 
     def __enter__(self):
         return self
@@ -224,6 +226,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
+            atexit.unregister(self._report_at_exit)
             with contextlib.suppress(Exception):  # a failed save is reported by wait, a second time by Orbax
                 self._orbax.close()
 
@@ -284,7 +287,10 @@ class Checkpointer:
         for step in self._folders():
             cut_off = self._folder(step)
             if not (cut_off / _MANIFEST).exists():
-                _LOG.warning("checkpoint %s has no %s: its save was cut off; removing it.", cut_off, _MANIFEST)
+                _LOG.warning(
+                    "checkpoint %s is not complete (its save or its removal was cut off); removing what is left.",
+                    cut_off,
+                )
                 shutil.rmtree(cut_off)
         if folder.exists():
             _LOG.warning("checkpoint %s exists; replacing it.", folder)
@@ -306,15 +312,28 @@ class Checkpointer:
                 for path in [*filter(pathlib.Path.is_dir, folder.rglob("*")), folder.parent]:
                     _sync_folder(path)
                 _write_durably(folder / _MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
-                for old in [other for other in self.steps() if other <= step][: -self._keep]:
-                    _remove(self._folder(old))
+                self._prune(step)
         except Exception as error:  # handed to the next wait
             self._failure = error
+
+    def _prune(self, step: int) -> None:
+        # Later steps are of an earlier run, which this one has gone back behind: they do not count, and stay.
+        for old in [other for other in self.steps() if other <= step][: -self._keep]:
+            try:
+                _remove(self._folder(old))
+            except OSError as error:  # the new checkpoint is complete all the same
+                _LOG.warning("checkpoint %s, too old to keep, could not be removed: %s", self._folder(old), error)
 
     def _discard(self, folder: pathlib.Path) -> None:
         """Frees the space of a save that failed. What cannot be removed now is removed by the next save."""
         if jax.process_index() == 0 and not (folder / _MANIFEST).exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _report_at_exit(self) -> None:
+        """Python stops lending threads before it waits for those that run, so a save that nobody waits for fails."""
+        if self._failure is not None:
+            error = self._not_saved(self._step, self._failure)
+            _LOG.error("%s The process ended without waiting for it: call Checkpointer.close().", error)
 
     def _not_saved(self, step: int, error: Exception) -> CheckpointError:
         cause, fix = _explain(error)

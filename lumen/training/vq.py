@@ -17,7 +17,7 @@ from lumen.generation.vq import (
     PatchDiscriminator,
     VQConfig,
     VQModel,
-    codebook_usage,
+    code_frequencies,
     discriminator_loss,
     to_uint8,
     vq_loss,
@@ -217,7 +217,7 @@ def make_task(options: VQOptions, *, batch_size: int, seed: int, workdir: pathli
         error = np.mean((originals / 255.0 - results / 255.0) ** 2)
         metrics = {
             "psnr": float(-10 * np.log10(max(error, 1e-10))),
-            "codebook_usage": float(codebook_usage(jnp.asarray(codes), config.codebook_size)),
+            "codebook_usage": float((code_frequencies(jnp.asarray(codes), config.codebook_size) > 0).mean()),
         }
         if images.name == "digits":
             train = [data_record for data_record in images.source("train")]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from lumen.evaluation import inception
 from lumen.io import pretrained
@@ -302,9 +303,9 @@ def test_network_matches_numpy(weights, images, features):
         resized = np.asarray(inception.resize_tf1(images[index : index + 1])[0], np.float64)
         for name, want in zip(inception.InceptionFeatures._fields, forward(weights, resized), strict=True):
             got = getattr(features, name)[index]
-            # float32 against float64 through 48 layers in depth of up to 3456 terms; rounding errors add like a random
-            # walk, sqrt(48 * 3456) * 2**-24 = 2.4e-5 of the scale of the features.
-            np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max(), err_msg=name)
+            # float32 against float64 through 48 layers of sums of up to 3456 terms: errors add like a random walk,
+            # sqrt(48 * 3456) * 2**-24 = 2.4e-5 of the features' scale; eight of them. A wrong pool is off by 0.2.
+            np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max(), err_msg=name)
             assert got.dtype == np.float32
 
 
@@ -337,11 +338,11 @@ def test_load_inception(tmp_path, weights, model):
 def test_load_inception_lists_what_does_not_fit(tmp_path):
     tensors = {name: np.zeros(shape, np.float32) for name, shape in published_shapes().items()}
     del tensors["Mixed_6d.branch1x1.conv.weight"]
-    tensors["fc.weight"] = np.zeros((1000, 2048), np.float32)  # a later model zoo's
-    tensors["AuxLogits.fc.bias"] = np.zeros(1000, np.float32)
-    np.savez(tmp_path / "other.npz", **tensors)
+    # What a later model zoo's file has:
+    others = {"fc.weight": np.zeros((1000, 2048), np.float32), "AuxLogits.fc.bias": np.zeros(1000, np.float32)}
+    save_file(tensors | others, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="3 mismatches") as error:
-        inception.load_inception(tmp_path / "other.npz")
+        inception.load_inception(tmp_path / "other.safetensors")
     for name in ("Mixed_6d.branch1x1.conv.weight", "fc.weight", "AuxLogits.fc.bias"):
         assert name in str(error.value)
 

@@ -1,5 +1,7 @@
 """The VQ tokenizer against LlamaGen's outputs, and its losses against their equations in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,10 @@ from lumen.generation.vq import (
     Upsample,
     VQConfig,
     VQModel,
-    codebook_usage,
+    code_frequencies,
     discriminator_loss,
     entropy_loss,
+    revive,
     to_uint8,
     vq_loss,
 )
@@ -44,16 +47,26 @@ def original(golden):
     )
     assert config.stride == c["stride"]
     tensors = encode.weights() | decode.weights() | {"quantize.codebook_used": np.zeros(65536, np.float32)}
-    return from_original(tensors, VQModel(config, rngs=nnx.Rngs(0)), RULES, IGNORED), encode, decode
+    return (
+        from_original(tensors, jax.eval_shape(lambda: VQModel(config, rngs=nnx.Rngs(0))), RULES, IGNORED),
+        encode,
+        decode,
+    )
 
 
 @pytest.fixture(scope="module")
 def small():
     """A small random model whose zero biases and unit scales hide nothing, and three images."""
-    model = VQModel(VQConfig.debug(), rngs=nnx.Rngs(1))
+    model = new_model(VQConfig.debug(), 1)
     model = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), model)
     images = np.random.default_rng(0).uniform(-1, 1, (3, 16, 24, 3)).astype(np.float32)
     return model, images
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def new_model(config, seed):
+    """Compiled as one program: building op by op takes many times longer."""
+    return VQModel(config, rngs=nnx.Rngs(seed))
 
 
 def nhwc(x):
@@ -217,11 +230,11 @@ class TestPublishedWeights:
 
 class TestQuantiser:
     def test_codes_are_the_nearest_in_float64(self):
-        model = VQModel(VQConfig.debug(codebook_size=100, code_dim=8), rngs=nnx.Rngs(2))
+        model = new_model(VQConfig.debug(codebook_size=100, code_dim=8), 2)
         latents = np.random.default_rng(1).normal(size=(2, 5, 7, 8)).astype(np.float32)
-        unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in np.float64(1) * [latents.reshape(-1, 8)]]
-        table = np.float64(model.codebook[...])
-        distances = ((unit[0][:, None] - table / np.linalg.norm(table, axis=-1, keepdims=True)) ** 2).sum(-1)
+        z, e = np.float64(latents.reshape(-1, 1, 8)), np.float64(model.codebook[...])
+        z, e = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (z, e))
+        distances = ((z - e) ** 2).sum(-1)
         ordered = np.sort(distances, axis=-1)
         assert (ordered[:, 1] - ordered[:, 0]).min() > 1e-5  # no tie within float32 rounding
         quantized = model.quantize(latents)
@@ -240,7 +253,7 @@ class TestQuantiser:
         np.testing.assert_allclose(jnp.linalg.norm(rows, axis=-1), 1, rtol=1e-6)
 
     def test_initial_codebook_is_unit_and_spread(self):
-        rows = VQModel(VQConfig.debug(), rngs=nnx.Rngs(0)).codebook[...]
+        rows = new_model(VQConfig.debug(), 0).codebook[...]
         np.testing.assert_allclose(jnp.linalg.norm(rows, axis=-1), 1, rtol=1e-6)
         assert jnp.abs(rows.mean(0)).max() < 0.4  # 32 directions: standard deviation 0.5 / sqrt(32) = 0.09
 
@@ -308,7 +321,7 @@ class TestLayers:
         np.testing.assert_array_equal(copy_tap(2, 2), jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))[:, 2::2, 2::2])
 
     def test_dropout_needs_a_key(self):
-        model = VQModel(VQConfig.debug(dropout=0.5), rngs=nnx.Rngs(0))
+        model = new_model(VQConfig.debug(dropout=0.5), 0)
         images = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
         run = jax.jit(lambda model, key: model(images, key=key)[0])
         plain = run(model, None)
@@ -329,7 +342,7 @@ class TestLayers:
 
     def test_other_strides(self):
         config = VQConfig(channels=4, channel_multipliers=(1, 2), groups=2, latent_channels=6, codebook_size=5)
-        model = VQModel(config, rngs=nnx.Rngs(0))
+        model = new_model(config, 0)
         codes, latents = model.encode(jnp.zeros((2, 6, 4, 3)))
         assert (config.stride, codes.shape, latents.shape) == (2, (2, 6), (2, 3, 2, 8))
         assert model.decode_codes(codes, grid=(3, 2)).shape == (2, 6, 4, 3)
@@ -338,7 +351,7 @@ class TestLayers:
 class TestErrors:
     def test_groups_must_divide_widths(self):
         with pytest.raises(ValueError, match=r"level widths \[16, 32\] are not multiples of groups=32.*groups=16"):
-            VQConfig(channels=16, channel_multipliers=(1, 2, 2, 1)[:2])
+            VQConfig(channels=16, channel_multipliers=(1, 2))
 
     def test_levels_must_exist(self):
         with pytest.raises(ValueError, match="channel_multipliers is empty"):
@@ -359,7 +372,7 @@ class TestErrors:
 
     def test_discriminator_needs_large_images(self):
         discriminator = PatchDiscriminator(2, rngs=nnx.Rngs(0))
-        with pytest.raises(ValueError, match="images of 16 x 24 pixels, 3 layers need 24"):
+        with pytest.raises(ValueError, match="images of 16 x 24 pixels, but 3 layers need sides of 24"):
             discriminator(jnp.zeros((1, 16, 24, 3)))
 
 
@@ -369,8 +382,35 @@ class TestPixelsAndUsage:
         values = jnp.array([-3.0, -1.0, 0.0, 0.996, 0.9962, 1.0, 7.0])
         np.testing.assert_array_equal(to_uint8(values), [0, 0, 128, 254, 255, 255, 255])
 
-    def test_codebook_usage(self):
-        assert codebook_usage(jnp.array([[3, 3], [0, 7]]), 8) == 3 / 8
+    def test_code_frequencies(self):
+        np.testing.assert_array_equal(
+            code_frequencies(jnp.array([[3, 3], [0, 7]]), 8), [0.25, 0, 0, 0.5, 0, 0, 0, 0.25]
+        )
+
+
+class TestRevive:
+    def test_moves_only_dead_codes_onto_latents(self, small):
+        model, images = small
+        _, latents = model.encode(images)
+        # Evenly used: 1/32. Dead below a tenth of that: 1/320.
+        frequencies = jnp.full(32, 1 / 32).at[3].set(1 / 321).at[7].set(0.0).at[9].set(1 / 319)
+        revived, after = jax.jit(revive)(model, latents, frequencies, jax.random.key(0))
+        old, new = np.asarray(model.codebook[...]), np.asarray(revived.codebook[...])
+        assert np.flatnonzero(np.any(old != new, axis=1)).tolist() == [3, 7]
+        units = np.asarray(latents / jnp.linalg.norm(latents, axis=-1, keepdims=True)).reshape(-1, 4)
+        for row in new[[3, 7]]:
+            assert np.abs(units - row).max(1).min() < 1e-6
+        assert np.any(new[3] != new[7])
+        np.testing.assert_array_equal(after, frequencies.at[jnp.array([3, 7])].set(1 / 32))
+        # Everything else is the same model.
+        np.testing.assert_array_equal(revived.latents(images), model.latents(images))
+
+    def test_repeats_under_the_same_key(self, small):
+        model, images = small
+        _, latents = model.encode(images)
+        a, b, c = (revive(model, latents, jnp.zeros(32), jax.random.key(k))[0].codebook[...] for k in (0, 0, 1))
+        np.testing.assert_array_equal(a, b)
+        assert jnp.any(a != c)
 
 
 class TestEntropyLoss:
@@ -503,22 +543,24 @@ class TestLoss:
         scale = float(aux.metrics["adversarial_weight"])
         fixed = LossWeights(adversarial=scale, adversarial_start=0, codebook=0, commitment=0)
         got, want = (
-            jax.jit(jax.grad(lambda model, w=w: vq_loss(model, images, w, discriminator=discriminator, step=0)[0]))(model)
+            jax.jit(jax.grad(lambda model, w=w: vq_loss(model, images, w, discriminator=discriminator, step=0)[0]))(
+                model
+            )
             for w in (weights, fixed)
         )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
 
     def test_training_reduces_it(self):
         """Forty plain gradient steps on one batch at least halve the pixel error."""
-        model = VQModel(VQConfig.debug(), rngs=nnx.Rngs(0))
+        model = new_model(VQConfig.debug(), 0)
         images = jnp.broadcast_to(jnp.linspace(-1, 1, 16)[:, None, None], (2, 16, 16, 3))
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
         @jax.jit
         def step(params):
-            (_, aux), grads = jax.value_and_grad(
-                lambda p: vq_loss(nnx.merge(graphdef, p, rest), images), has_aux=True
-            )(params)
+            (_, aux), grads = jax.value_and_grad(lambda p: vq_loss(nnx.merge(graphdef, p, rest), images), has_aux=True)(
+                params
+            )
             return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), aux.metrics["pixel"]
 
         params, first = step(params)
@@ -585,7 +627,7 @@ class TestLPIPS:
     def test_gradient_is_finite_where_all_features_are_zero(self):
         """Zero weights leave every activation at 0, where a bare square root has no derivative."""
         x = jnp.ones((1, 16, 16, 3))
-        grads = jax.grad(lambda y: LPIPS()(x, y).sum())(0.5 * x)
+        grads = jax.jit(jax.grad(lambda y: LPIPS()(x, y).sum()))(0.5 * x)
         np.testing.assert_array_equal(grads, np.zeros_like(grads))
 
     def test_nothing_trains(self, lpips):

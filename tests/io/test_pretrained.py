@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -317,7 +318,8 @@ def test_every_kind_of_file_gives_the_same_model(model, tmp_path):
     assert_same(values(load(tmp_path / "one", model, RULES)), want)
 
     # NumPy's own format has no bfloat16.
-    np.savez(tmp_path / "w.npz", **(tensors | {"mask_token": tensors["mask_token"].astype(np.float32)}))
+    arrays: dict[str, Any] = tensors | {"mask_token": tensors["mask_token"].astype(np.float32)}
+    np.savez(tmp_path / "w.npz", **arrays)
     assert_same(values(load(tmp_path / "w.npz", model, RULES)), want)
     assert_same(values(load(tensors, model, RULES)), want)
 

@@ -1,4 +1,4 @@
-"""Tensor names of LlamaGen's VQ tokenizers (FoundationVision/LlamaGen vq_ds16_c2i.pt and vq_ds8_c2i.pt, key "model")."""
+"""Tensor names of LlamaGen's published VQ tokenizers (FoundationVision/LlamaGen vq_ds16_c2i.pt, key "model")."""
 
 from lumen.io.pretrained import Rule
 

@@ -1,0 +1,51 @@
+# Every target sets up what it needs, from nothing. The interpreter comes through .python-version.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format bench gpu parity lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "lumen needs Python 3.12 or newer; this is " + sys.version)'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+train: $(VENV)/installed  ## the main job: tokenizer and LPD on handwritten digits, then evaluation (minutes)
+	$(BIN)/python train.py --config=experiments/lpd/digits_tokenizer.py --workdir=runs/digits_tokenizer
+	$(BIN)/python train.py --config=experiments/lpd/digits.py --workdir=runs/digits
+	$(BIN)/python evaluate.py --config=experiments/lpd/digits.py --workdir=runs/digits
+	@echo; cat runs/digits/eval/comparison.md; echo; echo "pictures: runs/digits/eval/*.png"
+
+test: $(VENV)/installed lint  ## lint, types and every test that needs neither a GPU nor torch
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not parity"
+
+lint: $(VENV)/installed  ## ruff and pyright, as CI runs them
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/installed  ## rewrites files the way lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed  ## measures LPD-L on this machine, random weights: seconds per image, by part
+	$(BIN)/python evaluate.py --config=experiments/lpd/latency_l.py --workdir=runs/latency_l --random_weights
+
+gpu: $(VENV)/installed  ## the tests that need a GPU
+	JAX_PLATFORMS= $(BIN)/python -m pytest -m gpu
+
+lock: $(VENV)/installed  ## renews requirements.lock: names and versions only
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --python-version 3.12 --extra dev \
+	  --output-file requirements.lock --upgrade pyproject.toml
+
+clean:  ## removes what the targets made, runs/ apart
+	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache *.egg-info
