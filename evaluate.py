@@ -44,9 +44,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest that is intact")
     parser.add_argument("--random_weights", action="store_true", help="no checkpoint: for measuring speed")
     flags, overrides = parse(parser, argv)
-    if flags.compile_only and not plan.in_child():
-        return plan.run_isolated([__file__, *argv], topology=flags.topology)[0]
     try:
+        if flags.compile_only and not plan.in_child():
+            return plan.run_isolated([__file__, *argv], topology=flags.topology)[0]
         if flags.compile_only:
             topology = plan.topology(flags.topology)
             run, _ = configure(flags, overrides, topology.devices)
@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
             model, step = jax.jit(run.task.build)(nnx.Rngs(run.config.seed)), 0
         else:
             model, step = restored_model(run, flags.workdir, flags.checkpoint)
-        metrics, pictures = run.task.evaluate(model, jax.random.key(run.config.seed + 2), flags.workdir)
+        with jax.set_mesh(run.mesh):
+            metrics, pictures = run.task.evaluate(model, jax.random.key(run.config.seed + 2), flags.workdir)
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -96,11 +96,12 @@ def configure(flags: argparse.Namespace, overrides: Sequence[str], devices=None)
 
 def compile_plan(program, abstract_arguments, topology, mesh, title: str) -> int:
     """Compiles a program for a topology, prints what it needs, and returns an exit status."""
-    made = plan.compile_plan(program, *abstract_arguments, topology=topology, mesh=mesh)
+    with jax.set_mesh(mesh):
+        made = plan.compile_plan(program, *abstract_arguments, topology=topology, mesh=mesh)
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     print(f"{title}\nmesh: {shape}\n{plan.format_plan(made)}", flush=True)
     print(plan.plan_json(made))
-    return 0
+    return 0 if made.fits else 1
 
 
 def main(argv: Sequence[str]) -> int:
@@ -108,9 +109,9 @@ def main(argv: Sequence[str]) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps into WORKDIR/profile")
     flags, overrides = parse(parser, argv)
-    if flags.compile_only and not plan.in_child():
-        return plan.run_isolated([__file__, *argv], topology=flags.topology)[0]
     try:
+        if flags.compile_only and not plan.in_child():
+            return plan.run_isolated([__file__, *argv], topology=flags.topology)[0]
         if flags.compile_only:
             topology = plan.topology(flags.topology)
             run, _ = configure(flags, overrides, topology.devices)
@@ -121,7 +122,8 @@ def main(argv: Sequence[str]) -> int:
         run, resolved = configure(flags, overrides)
         if jax.process_index() == 0:
             prepare_workdir(flags.workdir, resolved)
-        metrics = train(run, flags.workdir, profile_steps=flags.profile)
+        with jax.set_mesh(run.mesh):
+            metrics = train(run, flags.workdir, profile_steps=flags.profile)
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

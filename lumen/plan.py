@@ -443,8 +443,8 @@ def run_isolated(argv: Sequence[str], *, topology: str, timeout: float = 3600.0)
     """Runs a Python program in a child process that is set up to compile for a topology, and shows its output.
 
     For a program that runs itself: `if not in_child(): sys.exit(run_isolated(sys.argv, topology=name)[0])`.
-    An abort of the compiler ends the child only, and is reported with the child's last lines. The child is killed, with
-    everything it started, at the timeout or when this process is interrupted.
+    An abort of the compiler ends the child only, and is reported with the child's last lines. The child is killed at
+    the timeout, or when this process is interrupted.
 
     Args:
       argv: the script and its arguments, as in sys.argv.
@@ -457,11 +457,8 @@ def run_isolated(argv: Sequence[str], *, topology: str, timeout: float = 3600.0)
     """
     env, started = _child_environment(topology), time.monotonic()
     lines = []
-    with Popen(
-        [sys.executable, *argv], env=env, stdout=PIPE, stderr=STDOUT, text=True, errors="replace", process_group=0
-    ) as child:
-        stop = functools.partial(os.killpg, child.pid, signal.SIGKILL)
-        timer = threading.Timer(timeout, stop)
+    with Popen([sys.executable, *argv], env=env, stdout=PIPE, stderr=STDOUT, text=True, errors="replace") as child:
+        timer = threading.Timer(timeout, child.kill)
         timer.start()
         try:
             for line in child.stdout or ():
@@ -470,8 +467,7 @@ def run_isolated(argv: Sequence[str], *, topology: str, timeout: float = 3600.0)
             code = child.wait()
         finally:
             timer.cancel()
-            if child.poll() is None:
-                stop()
+            child.kill()  # for an interruption; it does nothing to a child that has ended
     if code < 0:
         timed_out = code == -signal.SIGKILL and time.monotonic() - started >= timeout
         end = f"was stopped after {timeout:.0f} s" if timed_out else f"died of {signal.Signals(-code).name}"

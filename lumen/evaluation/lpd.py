@@ -117,7 +117,7 @@ def sample(
     guidance: float | None = None,
     order: Kind | None = None,
 ) -> Iterator[np.ndarray]:
-    """Batches of images uint8 [b, H, W, 3] for labels [n], in order; image i depends on fold_in(key, i) and labels[i]."""
+    """Batches of images uint8 [b, H, W, 3] for labels [n]; image i depends on fold_in(key, i) and its label."""
     sizes = group_sizes(model.config.tokens, steps or options.steps)
     generate = _generator(sizes, options.sampling(guidance), order or options.order, options.repulsion_threshold)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(labels)))

@@ -87,7 +87,7 @@ class LPIPS(nnx.Module):
 
     def __call__(self, x, y):
         """Distances [B] float32 >= 0 of images x and y, both [B, H, W, 3] in [-1, 1], sides of at least 16."""
-        shift, scale = np.float32([-0.030, -0.088, -0.188]), np.float32([0.458, 0.448, 0.450])
+        shift, scale = np.array([-0.030, -0.088, -0.188]), np.array([0.458, 0.448, 0.450])
         both = jnp.concatenate([x, y])
         activations = self.vgg((both - shift.astype(both.dtype)) / scale.astype(both.dtype))
         total = jnp.zeros(x.shape[0], jnp.float32)

@@ -89,7 +89,7 @@ class VQConfig:
         return cls(**sizes | changes)
 
 
-def _conv(inputs: int, outputs: int, size: int, *, strides: int = 1, padding=1, use_bias: bool = True, rngs: nnx.Rngs):
+def _conv(inputs: int, outputs: int, size: int, *, strides: int = 1, padding: int | tuple = 1, rngs: nnx.Rngs):
     """A size x size convolution, weights and bias uniform in ±1 / sqrt(fan-in) as the original's framework does it."""
     bound = (inputs * size**2) ** -0.5
     return nnx.Conv(
@@ -98,7 +98,6 @@ def _conv(inputs: int, outputs: int, size: int, *, strides: int = 1, padding=1, 
         (size, size),
         strides=strides,
         padding=padding,
-        use_bias=use_bias,
         kernel_init=_uniform(bound),
         bias_init=_uniform(bound),
         kernel_metadata={"axes": (None, None, None, "embed")},
@@ -169,8 +168,8 @@ class Upsample(nnx.Module):
 
     def __call__(self, x):
         """[B, H, W, C] -> [B, 2H, 2W, C]."""
-        kernel, bias = self.conv.kernel[...], self.conv.bias[...]
-        x, kernel, bias = promote_dtype((x, kernel, bias))
+        bias = self.conv.bias[...]  # pyright: ignore[reportOptionalSubscript]
+        x, kernel, bias = promote_dtype((x, self.conv.kernel[...], bias))
 
         def convolve(row, column):
             return jax.lax.conv_general_dilated(
@@ -437,10 +436,10 @@ def revive(model: VQModel, latents, frequencies, key, *, threshold: float = 0.1)
     dead = frequencies < threshold / size
     rows = latents.reshape(-1, latents.shape[-1])
     fresh = _unit(rows[jax.random.randint(key, (size,), 0, len(rows))])
-    graphdef, state = nnx.split(model)
-    codebook = state["codebook"][...]
-    state["codebook"] = state["codebook"].replace(jnp.where(dead[:, None], fresh, codebook).astype(codebook.dtype))
-    return nnx.merge(graphdef, state), jnp.where(dead, 1 / size, frequencies)
+    revived = nnx.clone(model)
+    codebook = model.codebook[...]
+    revived.codebook[...] = jnp.where(dead[:, None], fresh.astype(codebook.dtype), codebook)
+    return revived, jnp.where(dead, 1 / size, frequencies)
 
 
 class BatchNorm(nnx.Module):

@@ -1,5 +1,6 @@
 """The training loop: restore, step, record, evaluate, save."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -37,6 +38,7 @@ class Batches(Protocol):
     def __next__(self) -> dict[str, np.ndarray]: ...
     def get_state(self) -> Any: ...
     def set_state(self, state: Any) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,55 +227,45 @@ def train(run: Run, workdir: pathlib.Path, *, profile_steps: int = 0) -> dict[st
     """
     config, task = run.config, run.task
     main = jax.process_index() == 0
-    checkpointer = Checkpointer(workdir / "checkpoints", keep=config.keep)
-    batches = task.batches()
-    restored = restore(run, checkpointer)
-    if restored is None:
-        state = run.initial_state()
-    else:
-        state, position = restored
-        batches.set_state(position)
-    done = int(state.step)
-    recorder = Recorder(workdir, first_step=done, tensorboard=config.tensorboard, active=main)
-    if main and done:
-        print(f"resumed from step {done} of {config.total_steps}", flush=True)
-    key = jax.random.key(config.seed + 1)
-    progress = Progress(done, config.total_steps, active=main)
-    stop = _StopOnSignal()
-    saved, waiting, latest = done if restored else -1, None, {}
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_StopOnSignal())
+        checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", keep=config.keep))
+        batches = stack.enter_context(contextlib.closing(task.batches()))
+        restored = restore(run, checkpointer)
+        if restored is None:
+            state = run.initial_state()
+        else:
+            state, position = restored
+            _move_to(batches, position, workdir)
+        done = int(state.step)
+        recorder = stack.enter_context(Recorder(workdir, first_step=done, tensorboard=config.tensorboard, active=main))
+        if main and done:
+            print(f"resumed from step {done} of {config.total_steps}", flush=True)
+        key = jax.random.key(config.seed + 1)
+        progress = stack.enter_context(contextlib.closing(Progress(done, config.total_steps, active=main)))
+        trace = stack.enter_context(_Trace(workdir / "profile", done + 10, profile_steps))
+        waiting, latest = None, {}
 
-    def look(waiting):
-        """Brings a step's metrics to the host; the step after it is already running."""
-        step, metrics = waiting
-        values = {name: float(value) for name, value in metrics.items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                checkpointer.wait()
-                kept = checkpointer.steps()
-                last = (
-                    f"checkpoint {kept[-1]} is the last good one and is kept" if kept else "no checkpoint was saved yet"
-                )
-                raise NonFiniteError(
-                    f"step {step}: {name} is {value}; training stopped, {last}. Lower the learning rate, clip "
-                    "gradients, or look at the data of this step, then run the same command to resume."
-                )
-        return values
+        def look(waiting):
+            """Brings a step's metrics to the host; the step after it is already running."""
+            step, metrics = waiting
+            values = {name: float(value) for name, value in metrics.items()}
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    checkpointer.wait()
+                    raise NonFiniteError(_not_finite(step, name, value, checkpointer.steps()))
+            return values
 
-    def save(step, state):
-        checkpointer.save(step, state._asdict(), {"batches": batches.get_state()})
+        def save(step, state):
+            checkpointer.save(step, state._asdict(), {"batches": batches.get_state()})
 
-    try:
-        if saved < 0 and config.save_every:
+        if restored is None and config.save_every:
             save(0, state)
-            saved = 0
         for number in range(done + 1, config.total_steps + 1):
             batch = _global_batch(next(batches), batch_sharding(run.mesh))
-            if profile_steps and number == done + 11:
-                jax.profiler.start_trace(str(workdir / "profile"))
+            trace.before(number)
             state, metrics = run.step(state, batch, key)
-            if profile_steps and number == done + 10 + profile_steps:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+            trace.after(number, state)
             if waiting is not None:
                 latest = look(waiting)
             waiting = (number, metrics)
@@ -291,18 +283,36 @@ def train(run: Run, workdir: pathlib.Path, *, profile_steps: int = 0) -> dict[st
                 progress.line(number, values)
                 latest |= values
             if last or stopping or (config.save_every and number % config.save_every == 0):
-                look(waiting)  # a state that is not finite is never saved
+                look(waiting)  # a state that is not finite is never saved: its parameters' norm is a metric
                 save(number, state)
             if stopping:
+                checkpointer.wait()
                 progress.note(f"stopped by {stop.name} after step {number}: saved; run the same command to resume")
                 break
-    finally:
-        progress.close()
-        stop.restore()
-        checkpointer.close()
     if main and task.export is not None and int(state.step) == config.total_steps:
         task.export(run.model(state), workdir)
     return {"step": int(state.step), **latest}
+
+
+def _move_to(batches: Batches, position, workdir: pathlib.Path) -> None:
+    try:
+        batches.set_state(position)
+    except ValueError as error:
+        raise WorkdirError(
+            f"--workdir={workdir}: was made with other data settings, so its input cannot be continued: {error} "
+            "Restore those settings, or give another --workdir."
+        ) from error
+
+
+def _not_finite(step: int, name: str, value: float, kept: Sequence[int]) -> str:
+    if not kept:
+        last = "no checkpoint was saved yet"
+    else:
+        last = f"checkpoint {kept[-1]} is the last good one and is kept"
+    return (
+        f"step {step}: {name} is {value}; training stopped, {last}. Lower the learning rate, clip gradients, or look "
+        "at the data of this step, then run the same command to resume."
+    )
 
 
 def _global_batch(local, sharding):
@@ -344,33 +354,62 @@ class Progress:
         self._bar.close()
 
 
+class _Trace:
+    """A profiler trace of `steps` steps after the step `start`; whatever was traced is written at the end."""
+
+    def __init__(self, folder: pathlib.Path, start: int, steps: int):
+        self._folder, self._first, self._last, self._running = folder, start + 1, start + steps, False
+
+    def __enter__(self):
+        return self
+
+    def before(self, step: int) -> None:
+        """Starts at the first step."""
+        if step == self._first and self._first <= self._last:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, state) -> None:
+        """Stops when the last step's state is there."""
+        if step == self._last and self._running:
+            jax.block_until_ready(state)
+            self.__exit__()
+
+    def __exit__(self, *_):
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+
 class _StopOnSignal:
     """Turns SIGTERM and SIGINT into a request that the loop obeys after the step in flight; a second one kills.
 
-    In a job of several processes JAX's preemption service makes all of them stop at the same step.
+    A job of several processes leaves the signals to JAX: its preemption service notices a SIGTERM to any of them and
+    makes all of them stop at the same step.
     """
 
     def __init__(self):
         self.name = ""
         self._previous = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
             self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number, _):
         self.name = signal.Signals(number).name
         signal.signal(number, self._previous[number])
 
     def requested(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            if multihost_utils.reached_preemption_sync_point(step):
-                self.name = self.name or "preemption notice"
-                return True
-            return False
+        """Whether to stop after this step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.name = "a preemption notice (SIGTERM)"
         return bool(self.name)
-
-    def restore(self):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def _git_commit() -> str | None:

@@ -134,7 +134,7 @@ def make_task(options: LPDOptions, *, batch_size: int, seed: int, workdir: pathl
         abstract = nnx.eval_shape(
             lambda: LPDTraining(config, VQModel(tokenizer_config, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
         )
-        layout = tree_shardings(abstract, mesh)
+        layout = tree_shardings(abstract, mesh, gathered=["embed"])
         # Weights are served in bfloat16; batch over data and fsdp.
         model = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s), abstract, layout)
         rows = batch_sharding(mesh)

@@ -61,10 +61,11 @@ def make_train_step(
       loss: mean over the batch it is given.
       optimizer: an optax transformation.
       compute_dtype: parameters are cast to it before the forward pass; the update stays in float32.
-      accumulate: the batch is run in so many equal parts, one after the other, and the gradients averaged.
+      accumulate: the batch is run in so many equal parts, one after the other; gradients and metrics are averaged.
       average_decay: decay of the parameters' moving average, when the state has one.
 
-    The metrics are the loss's own, and "loss" and "gradient_norm" (before clipping).
+    The metrics are the loss's own, "loss" and "gradient_norm" (before clipping) of the parameters that came, and
+    "parameter_norm" of those that go.
     """
 
     def gradients(params, frozen, batch, key, number):
@@ -81,7 +82,8 @@ def make_train_step(
         if accumulate == 1:
             grads, metrics = gradients(state.params, state.frozen, batch, key, state.step)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch)
+            # Every accumulate-th row: each part then lies over all devices, as the batch does.
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
             first = jax.tree.map(lambda x: x[0], parts)
             shapes = jax.eval_shape(gradients, state.params, state.frozen, first, key, state.step)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -94,6 +96,7 @@ def make_train_step(
         metrics["gradient_norm"] = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        metrics["parameter_norm"] = optax.global_norm(params)
         average = state.average
         if average is not None:
             average = jax.tree.map(lambda a, p: average_decay * a + (1 - average_decay) * p, average, params)

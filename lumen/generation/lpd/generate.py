@@ -19,6 +19,7 @@ from lumen.generation.lpd.order import Kind, locality_order, make_order
 from lumen.generation.lpd.schedule import group_sizes as group_sizes_of
 from lumen.generation.vq import VQModel, to_uint8
 from lumen.layers import run_layers
+from lumen.sharding import constrain
 
 Mode = Literal["unrolled", "scan", "bucketed"]
 
@@ -351,6 +352,7 @@ def _cached_blocks(model, x, mask, cache, start, slots: int):
 
     def layer(carry, block, index):
         x, *caches = carry
+        x = constrain(x, "batch", None, None)
         q, *rows = block.heads(x)
         at = (index, 0, start, 0, 0)
         caches = [jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(caches, rows, strict=True)]

@@ -16,6 +16,7 @@ from flax import nnx
 
 from lumen.attention import attend
 from lumen.layers import dropout, run_layers
+from lumen.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +140,15 @@ class LPD(nnx.Module):
 
         def layer(x, block, index):
             layer_key = None if key is None else jax.random.fold_in(key, index)
+            x = constrain(x, "batch", None, None)
             return block.finish(x, attend(*block.heads(x), mask=mask), key=layer_key)
 
         return run_layers(jax.checkpoint(layer) if remat else layer, x, self.blocks)
 
     def logits(self, rows):
         """Next-code logits [..., V], float32, of query rows [..., D]."""
-        return self.head(self.norm(rows)).astype(jnp.float32)
+        logits = self.head(self.norm(constrain(rows, "batch", None, None)))
+        return constrain(logits, "batch", None, "vocab").astype(jnp.float32)
 
     def embed(self, tokens, orders, class_vectors):
         """The normalised input rows [B, 2N, D]: class and the first N - 1 tokens as context, then N queries.
