@@ -12,6 +12,7 @@ spends its time in, with the experiment's batch size as its global batch.
 import json
 import logging
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -23,19 +24,39 @@ from lumen import plan
 from lumen.io.checkpoint import Checkpointer
 from lumen.training.config import ConfigError
 from lumen.training.loop import TrainState
-from train import EXPECTED_ERRORS, arguments, compile_plan, configure, parse, start_processes
+from train import (
+    EXPECTED_ERRORS,
+    arguments,
+    compile_elsewhere,
+    compile_plan,
+    configure,
+    find_topology,
+    parse,
+    start_processes,
+)
 
 
 def restored_model(run, workdir, checkpoint: int | None):
     """The model of a checkpoint, by default the newest intact one, and its step."""
+    wanted = run.abstract_state._replace(opt_state=None)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
-        restored = checkpointer.restore(run.abstract_state._asdict(), step=checkpoint)
+        restored = checkpointer.restore(wanted._asdict(), step=checkpoint, partial=True)
     if restored is None:
         raise ConfigError(
             f"--workdir={workdir}: holds no checkpoint; train first, with the same --config and --workdir."
         )
     step, state, _ = restored
     return run.model(TrainState(**state)), step
+
+
+def write(folder: pathlib.Path, metrics, pictures) -> None:
+    """metrics.json, whole or not at all, and pictures beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "metrics.json.tmp"
+    temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(temporary, folder / "metrics.json")
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(folder / f"{name}.png")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,9 +67,9 @@ def main(argv: Sequence[str]) -> int:
     flags, overrides = parse(parser, argv)
     try:
         if flags.compile_only and not plan.in_child():
-            return plan.run_isolated([__file__, *argv], topology=flags.topology)[0]
+            return compile_elsewhere(__file__, argv, flags.topology)
         if flags.compile_only:
-            topology = plan.topology(flags.topology)
+            topology = find_topology(flags.topology)
             run, _ = configure(flags, overrides, topology.devices)
             program, abstract = run.task.inference(run.mesh)
             title = f"inference of {flags.config}, global batch {run.config.batch_size}"
@@ -61,17 +82,12 @@ def main(argv: Sequence[str]) -> int:
             model, step = restored_model(run, flags.workdir, flags.checkpoint)
         with jax.set_mesh(run.mesh):
             metrics, pictures = run.task.evaluate(model, jax.random.key(run.config.seed + 2), flags.workdir)
+        if jax.process_index() == 0:
+            write(flags.workdir / "eval", {"step": step, **metrics}, pictures)
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     if jax.process_index() == 0:
-        folder = flags.workdir / "eval"
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "metrics.json.tmp"
-        temporary.write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n")
-        os.replace(temporary, folder / "metrics.json")
-        for name, picture in pictures.items():
-            Image.fromarray(picture).save(folder / f"{name}.png")
         print(json.dumps({"step": step, **metrics}), flush=True)
     return 0
 

@@ -23,7 +23,7 @@ import jax
 from lumen import plan
 from lumen.io.checkpoint import CheckpointError
 from lumen.training import lpd, vq
-from lumen.training.config import ConfigError, build, load_config
+from lumen.training.config import ConfigError, build_all, load_config
 from lumen.training.loop import NonFiniteError, Run, TrainConfig, WorkdirError, prepare_workdir, set_up, train
 from lumen.training.metrics import MetricsError
 
@@ -34,7 +34,7 @@ TASKS = {
 }
 
 # What went wrong outside the code: said in one line, without a traceback.
-EXPECTED_ERRORS = (ConfigError, WorkdirError, CheckpointError, MetricsError, NonFiniteError)
+EXPECTED_ERRORS = (ConfigError, WorkdirError, CheckpointError, MetricsError, NonFiniteError, OSError)
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -66,25 +66,33 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
         parser.error("--compile_only and --topology go together")
     if not flags.compile_only and flags.workdir is None:
         parser.error("--workdir is missing")
+    if not flags.distributed and (flags.coordinator, flags.processes, flags.process) != (None, None, None):
+        parser.error("--coordinator, --processes and --process go with --distributed")
     return flags, overrides
 
 
 def start_processes(flags: argparse.Namespace) -> None:
     """Joins the other processes of a multi-host job."""
-    if flags.distributed:
+    if not flags.distributed:
+        return
+    try:
         jax.distributed.initialize(flags.coordinator, flags.processes, flags.process)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"--distributed: cannot join the other processes: {error} Start one process per host under SLURM, "
+            "Kubernetes or on Cloud TPU, or give --coordinator, --processes and --process."
+        ) from error
 
 
 def configure(flags: argparse.Namespace, overrides: Sequence[str], devices=None) -> tuple[Run, dict[str, Any]]:
     """From an experiment to a run on a mesh, and the resolved configuration; nothing is compiled yet."""
     tree = load_config(flags.config, overrides)
     name = tree.get("task")
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise ConfigError(f"config.task: came {name!r}; wanted one of {', '.join(map(repr, TASKS))}.")
     kind, make_task = TASKS[name]
     section = tree.pop(name, {})
-    config = build(TrainConfig, tree)
-    options = build(kind, section, f"config.{name}")
+    config, options = build_all((TrainConfig, tree, "config"), (kind, section, f"config.{name}"))
     workdir = flags.workdir or pathlib.Path("runs/plan")
     try:
         task = make_task(options, batch_size=config.batch_size, seed=config.seed, workdir=workdir)
@@ -92,6 +100,22 @@ def configure(flags: argparse.Namespace, overrides: Sequence[str], devices=None)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return run, dataclasses.asdict(config) | {name: dataclasses.asdict(options)}
+
+
+def compile_elsewhere(script: str, argv: Sequence[str], topology: str) -> int:
+    """Runs this program again in a process of its own that is set up to compile for a topology."""
+    try:
+        return plan.run_isolated([script, *argv], topology=topology)[0]
+    except ValueError as error:
+        raise ConfigError(f"--topology={topology}: {error}") from error
+
+
+def find_topology(name: str) -> plan.Topology:
+    """The devices of a topology, in the process that compiles."""
+    try:
+        return plan.topology(name)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"--topology={name}: {error}") from error
 
 
 def compile_plan(program, abstract_arguments, topology, mesh, title: str) -> int:
@@ -111,9 +135,9 @@ def main(argv: Sequence[str]) -> int:
     flags, overrides = parse(parser, argv)
     try:
         if flags.compile_only and not plan.in_child():
-            return plan.run_isolated([__file__, *argv], topology=flags.topology)[0]
+            return compile_elsewhere(__file__, argv, flags.topology)
         if flags.compile_only:
-            topology = plan.topology(flags.topology)
+            topology = find_topology(flags.topology)
             run, _ = configure(flags, overrides, topology.devices)
             key = jax.eval_shape(lambda: jax.random.key(0))
             title = f"training step of {flags.config}, global batch {run.config.batch_size}"

@@ -36,7 +36,7 @@ def run_layers(layer, carry, layers):
     return jax.lax.scan(step, carry, (layers, jnp.arange(depth)))[0]
 
 
-def unstack(model, name: str = "blocks"):
+def unstack[Module: nnx.Module](model: Module, name: str = "blocks") -> Module:
     """A copy of the model with the stacked layers `model.<name>` as a list of single layers.
 
     For programs that read each weight about once per pass: a scan copies every layer's weights out of the stack first,
@@ -53,7 +53,7 @@ class Frozen(nnx.Variable):
     """A weight that does not train: not an nnx.Param, so `nnx.split(model, nnx.Param, ...)` leaves it aside."""
 
 
-def freeze(module: nnx.Module) -> nnx.Module:
+def freeze[Module: nnx.Module](module: Module) -> Module:
     """A copy of a module in which every parameter is `Frozen`."""
     module = nnx.clone(module)
     for _, node in nnx.iter_modules(module):

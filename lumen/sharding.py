@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "ring", "ulysses", "tensor")
 
@@ -58,7 +58,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence | None = None) -> Mesh
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=axis_types)
 
 
-def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of one array: a named axis is split where its mesh axes divide it, else it is replicated.
 
     Args:
@@ -73,7 +73,7 @@ def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh)
         targets = RULES.get(name, ()) if name else ()
         parts = math.prod(mesh.shape[axis] for axis in targets)
         divides = parts > 1 and size % parts == 0
-        spec.append((targets if len(targets) > 1 else targets[0]) if divides else None)
+        spec.append((targets[0] if len(targets) == 1 else targets) if divides else None)
     return PartitionSpec(*spec)
 
 

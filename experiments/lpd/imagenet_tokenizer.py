@@ -4,7 +4,7 @@ r"""VQ-16 tokenizer on ImageNet at 256 pixels, LlamaGen's recipe (arXiv:2406.065
 Expected rFID on ImageNet validation: 2.19. Hardware and hours: not stated by the source.
 
 Run: python train.py --config=experiments/lpd/imagenet_tokenizer.py --workdir=$WORKDIR --config.vq.data.path=$IMAGENET \
-       --config.vq.perceptual=lpips_vgg.safetensors
+       '--config.vq.perceptual=("vgg16.pth", "lpips_vgg.pth")'
 """
 
 import ml_collections

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from lumen.io.pretrained import Rule, load
+from lumen.layers import Frozen
 
 # Convolution widths of VGG-16, one row per resolution; LPIPS reads the last activation of each row.
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -29,10 +30,6 @@ VGG_RULES = [
 ]
 VGG_IGNORED = [r"classifier\..*"]
 HEAD_RULES = [Rule("lin{i}.model.1.weight", "weights.{i}", "1 c 1 1 -> c")]
-
-
-class Frozen(nnx.Variable):
-    """An array that is never trained."""
 
 
 class VGG16(nnx.Module):

@@ -160,7 +160,8 @@ class Upsample(nnx.Module):
     """Nearest-neighbour enlargement by two followed by a 3 x 3 convolution.
 
     Each output pixel of one parity sees only 2 x 2 distinct inputs, so the pair equals four 2 x 2 convolutions whose
-    kernels are sums of the 3 x 3 kernel's taps, interleaved: 16 products per input pixel and channel pair, not 36.
+    kernels are sums of the 3 x 3 kernel's taps, interleaved: 16 products per input pixel and channel pair, not 36, and
+    no enlarged input. Equal up to rounding, which in bfloat16 includes that of the summed taps.
     """
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
@@ -299,7 +300,8 @@ class VQModel(nnx.Module):
 
     A latent z and a code e compare by the angle between them, argmin |z/|z| - e/|e|| = argmax cos(z, e), and the
     decoder receives e/|e|. Codes are chosen in float32 whatever the parameters' type; keep the codebook itself in
-    float32 where codes must not change. Published weights: `lumen.io.names.vq`.
+    float32 where codes must not change. Choosing them takes a [B, h, w, V] float32 array, 16 MiB per 256 x 256 image
+    at VQ-16's size. Published weights: `lumen.io.names.vq`.
     """
 
     def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
@@ -327,7 +329,8 @@ class VQModel(nnx.Module):
     def encode(self, images):
         """Images [B, h s, w s, image_channels] in [-1, 1] -> codes [B, h w] int32 and latents [B, h, w, D]."""
         latents = self.latents(images)
-        return _nearest(_unit(latents), self._table()).reshape(len(images), -1), latents
+        codes = _nearest(_cosines(_unit(latents), self._table()))  # [B, h, w]
+        return codes.reshape(codes.shape[0], -1), latents
 
     def lookup(self, codes):
         """Unit-length codebook rows: [...] integers -> [..., D]."""
@@ -354,14 +357,15 @@ class VQModel(nnx.Module):
     def quantize(self, latents) -> Quantized:
         """Replaces each latent by its nearest code, with the straight-through gradient: latents [B, h, w, D]."""
         z, table = _unit(latents), self._table()
-        codes = _nearest(z, table)  # [B, h, w]
+        cosines = _cosines(z, table)  # [B, h, w, V]
+        codes = _nearest(cosines)  # [B, h, w]
         e = table[codes]
         return Quantized(
             codes=codes.reshape(codes.shape[0], -1),
             latents=(z + jax.lax.stop_gradient(e - z)).astype(latents.dtype),
             codebook=jnp.mean((e - jax.lax.stop_gradient(z)) ** 2),
             commitment=jnp.mean((jax.lax.stop_gradient(e) - z) ** 2),
-            entropy=entropy_loss(2 * _cosines(z, table) - 2),
+            entropy=entropy_loss(2 * cosines - 2),  # -|z - e|^2 of unit vectors
         )
 
     def __call__(self, images, *, key=None) -> tuple[jax.Array, Quantized]:
@@ -384,8 +388,8 @@ def _cosines(z, table):
     return jnp.einsum("...d,vd->...v", z, table, precision=jax.lax.Precision.HIGHEST)
 
 
-def _nearest(z, table):
-    return jnp.argmax(_cosines(z, table), axis=-1).astype(jnp.int32)
+def _nearest(cosines):
+    return jnp.argmax(cosines, axis=-1).astype(jnp.int32)
 
 
 def entropy_loss(affinity, *, temperature: float = 0.01):

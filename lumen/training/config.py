@@ -54,7 +54,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 raise ConfigError(f"{override}: {parent!r} holds the value {node!r} and has no keys of its own.")
         try:
             node[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError):
             node[key] = text
     return tree
 
@@ -64,14 +64,22 @@ def build[T](kind: type[T], values: Mapping[str, Any], where: str = "config") ->
 
     An int is taken where a float is wanted and a list where a tuple is; nothing else is converted.
     """
+    return build_all((kind, values, where))[0]
+
+
+def build_all(*parts: tuple[type, Mapping[str, Any], str]) -> list[Any]:
+    """What `build` makes of each (kind, values, where), with the problems of all in one ConfigError."""
     problems: list[str] = []
-    result = _build(kind, values, where, problems)
+    results = [_build(kind, values, where, problems) for kind, values, where in parts]
     if problems:
         raise ConfigError("The configuration has errors:\n  " + "\n  ".join(problems))
-    return result
+    return results
 
 
 def _build(kind, values, where, problems):
+    if not isinstance(values, Mapping):
+        problems.append(f"{where}: came {_came(values)}; wanted {_describe(kind)}.")
+        return None
     fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     found = len(problems)
@@ -102,8 +110,11 @@ def _convert(hint, value, where, problems):
         return _convert(next(a for a in arguments if a is not type(None)), value, where, problems)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return _build(hint, value, where, problems)
-    if hint is Any or ((origin or hint) is dict and isinstance(value, Mapping)):
-        return dict(value) if isinstance(value, Mapping) else value
+    if hint is Any:
+        return value
+    if (origin or hint) is dict and isinstance(value, Mapping):
+        kind = arguments[1] if arguments else Any
+        return {name: _convert(kind, item, f"{where}.{name}", problems) for name, item in value.items()}
     if origin is Literal and value in arguments and not isinstance(value, bool):
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -112,11 +123,14 @@ def _convert(hint, value, where, problems):
         return tuple(_convert(arguments[0], item, f"{where}[{i}]", problems) for i, item in enumerate(value))
     if isinstance(hint, type) and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
-    came = f"{value!r} of type {type(value).__name__}"
     close = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1) if origin is Literal else []
     hint_text = f"; did you mean {close[0]!r}?" if close else "."
-    problems.append(f"{where}: came {came}; wanted {_describe(hint)}{hint_text}")
+    problems.append(f"{where}: came {_came(value)}; wanted {_describe(hint)}{hint_text}")
     return None
+
+
+def _came(value) -> str:
+    return f"{value!r} of type {type(value).__name__}"
 
 
 def _describe(hint) -> str:

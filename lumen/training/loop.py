@@ -62,11 +62,11 @@ class Task:
     loss: Loss
     batch_spec: Mapping[str, jax.ShapeDtypeStruct]
     batches: Callable[[], Batches]
-    monitor: Callable[[nnx.Module, Any], tuple[dict[str, float], Pictures]]
-    evaluate: Callable[[nnx.Module, Any, pathlib.Path], tuple[dict[str, Any], Pictures]]
+    monitor: Callable[[Any, Any], tuple[dict[str, float], Pictures]]
+    evaluate: Callable[[Any, Any, pathlib.Path], tuple[dict[str, Any], Pictures]]
     inference: Callable[[jax.sharding.Mesh], tuple[Any, tuple]]
-    pretrained: Callable[[nnx.Module], nnx.Module] | None = None
-    export: Callable[[nnx.Module, pathlib.Path], None] | None = None
+    pretrained: Callable[[Any], Any] | None = None
+    export: Callable[[Any, pathlib.Path], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class TrainConfig:
       average_decay: decay of the parameters' exponential moving average, which evaluation then uses; 0 is off.
       mesh: devices per mesh axis (data, fsdp, ring, ulysses, tensor); one may be -1: what is left.
       optimizer: see OptimizerConfig.
-      log_every, monitor_every, save_every: in steps; 0 is never.
+      log_every, monitor_every, save_every: in steps; 0 is never, for all but log_every.
       keep: checkpoints kept.
       tensorboard: also write TensorBoard event files.
     """
@@ -104,9 +104,14 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self):
-        for name in ("total_steps", "batch_size", "accumulate", "log_every"):
+        for name in ("total_steps", "batch_size", "accumulate", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; wanted at least 1.")
+        for name in ("seed", "monitor_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}; wanted at least 0.")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay={self.average_decay}; wanted at least 0 and less than 1.")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}.")
 
@@ -220,7 +225,7 @@ def train(run: Run, workdir: pathlib.Path, *, profile_steps: int = 0) -> dict[st
     Args:
       run: what `set_up` made.
       workdir: see `prepare_workdir`; `metrics.jsonl`, `checkpoints/` and `media/` are kept there.
-      profile_steps: record a profiler trace of so many steps, after ten, into `profile/`.
+      profile_steps: record a profiler trace of so many steps, after ten where there are more, into `profile/`.
 
     Raises:
       NonFiniteError: naming the step, the metric and the checkpoint that is kept.
@@ -243,7 +248,8 @@ def train(run: Run, workdir: pathlib.Path, *, profile_steps: int = 0) -> dict[st
             print(f"resumed from step {done} of {config.total_steps}", flush=True)
         key = jax.random.key(config.seed + 1)
         progress = stack.enter_context(contextlib.closing(Progress(done, config.total_steps, active=main)))
-        trace = stack.enter_context(_Trace(workdir / "profile", done + 10, profile_steps))
+        skipped = min(done + 10, max(done, config.total_steps - profile_steps))
+        trace = stack.enter_context(_Trace(workdir / "profile", skipped, profile_steps))
         waiting, latest = None, {}
 
         def look(waiting):
@@ -305,14 +311,14 @@ def _move_to(batches: Batches, position, workdir: pathlib.Path) -> None:
 
 
 def _not_finite(step: int, name: str, value: float, kept: Sequence[int]) -> str:
-    if not kept:
-        last = "no checkpoint was saved yet"
-    else:
-        last = f"checkpoint {kept[-1]} is the last good one and is kept"
-    return (
+    last = f"checkpoint {kept[-1]} is the last good one and is kept" if kept else "no checkpoint was saved yet"
+    text = (
         f"step {step}: {name} is {value}; training stopped, {last}. Lower the learning rate, clip gradients, or look "
         "at the data of this step, then run the same command to resume."
     )
+    if len(kept) > 1 and kept[-1] == step - 1:
+        text += f" If that fails here again, remove the checkpoint to go back to the one of step {kept[-2]}."
+    return text
 
 
 def _global_batch(local, sharding):

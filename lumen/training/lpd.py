@@ -62,7 +62,7 @@ class LPDTraining(nnx.Module):
 
     def __init__(self, config: LPDConfig, tokenizer: VQModel, *, rngs: nnx.Rngs):
         self.lpd = LPD(config, rngs=rngs)
-        self.tokenizer = freeze(tokenizer)
+        self.tokenizer: VQModel = freeze(tokenizer)
 
 
 def make_task(options: LPDOptions, *, batch_size: int, seed: int, workdir: pathlib.Path) -> Task:
@@ -223,8 +223,4 @@ def _real_digits(options: LPDOptions):
     """Images and labels of the splits, where the embedded metric applies."""
     if options.data.name != "digits":
         return None
-    splits = {}
-    for split in ("train", "validation", "test"):
-        records = list(options.data.source(split))
-        splits[split] = np.stack([r["image"] for r in records]), np.array([r["label"] for r in records])
-    return splits
+    return {split: options.data.arrays(split) for split in ("train", "validation", "test")}

@@ -1,5 +1,6 @@
 """Numbers and pictures of a run, on disk and on the terminal."""
 
+import contextlib
 import json
 import math
 import os
@@ -30,19 +31,26 @@ class Recorder:
         self._active = active
         if not active:
             return
-        self._media = workdir / "media"
-        self._media.mkdir(exist_ok=True)
-        self._path = workdir / "metrics.jsonl"
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, self._path)
+        self._workdir, self._media, self._path = workdir, workdir / "media", workdir / "metrics.jsonl"
         self._board = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
+        with self._writing():
+            self._media.mkdir(exist_ok=True)
+            if self._path.exists():
+                kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
+                temporary = self._path.with_suffix(".tmp")
+                temporary.write_text("".join(line + "\n" for line in kept))
+                os.replace(temporary, self._path)
+            if tensorboard:
+                # What an interrupted run wrote at later steps is hidden.
+                self._board = _summary_writer()(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
-            self._board = SummaryWriter(str(workdir / "tensorboard"))
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._active and self._board is not None:
+            with self._writing():
+                self._board.close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Appends one line: {"step": ..., "time": seconds since 1970, name: value, ...}; NaN and infinity as null."""
@@ -50,24 +58,40 @@ class Recorder:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite})
-        try:
+        with self._writing():
             with self._path.open("a") as file:
                 file.write(line + "\n")
-        except OSError as error:
-            raise MetricsError(
-                f"metrics: cannot write {self._path}: {error.strerror}; free space or give another --workdir, "
-                "then run the same command to resume from the last checkpoint."
-            ) from error
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            if self._board is not None:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
 
     def pictures(self, step: int, images: dict[str, np.ndarray]) -> None:
         """Writes uint8 [H, W, 3] images as `media/<name>_<step>.png`."""
         if not self._active:
             return
-        for name, image in images.items():
-            Image.fromarray(image).save(self._media / f"{name}_{step:08d}.png")
+        with self._writing():
+            for name, image in images.items():
+                Image.fromarray(image).save(self._media / f"{name}_{step:08d}.png")
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise MetricsError(
+                f"metrics: cannot write {error.filename or self._workdir}: {error.strerror}; free some space or give "
+                "another --workdir, then run the same command to resume from the last checkpoint."
+            ) from error
+
+
+def _summary_writer():
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise MetricsError(
+            "tensorboard=True: tensorboardX is not installed; run `pip install lumen[tensorboard]`."
+        ) from error
+    return SummaryWriter
 
 
 def _step_of(line: str) -> float:

@@ -37,8 +37,14 @@ class OptimizerConfig:
     clip_norm: float = 0.0
 
     def __post_init__(self):
-        if self.learning_rate <= 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate}; wanted a positive number.")
+        for name in ("warmup_steps", "decay_start", "final_learning_rate", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}; wanted at least 0.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; wanted at least 0 and less than 1.")
 
 
 def learning_rate(config: OptimizerConfig, step, total_steps: int):

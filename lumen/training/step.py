@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
 
 
 # loss(model, batch, key, step) -> (scalar to minimise, {name: scalar}); step counts the updates made so far.
-Loss = Callable[[nnx.Module, Any, Any, Any], tuple[Any, dict[str, Any]]]
+Loss = Callable[[Any, Any, Any, Any], tuple[Any, dict[str, Any]]]
 
 
 def cast_floats(tree, dtype):
@@ -89,7 +89,8 @@ def make_train_step(
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
             def add(total, part_and_key):
-                new = gradients(state.params, state.frozen, *part_and_key, state.step)
+                part, part_key = part_and_key
+                new = gradients(state.params, state.frozen, part, part_key, state.step)
                 return jax.tree.map(lambda a, b: a + b / accumulate, total, new), None
 
             (grads, metrics), _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulate)))

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from lumen.evaluation.classifier import fit_digit_classifier
+from lumen.generation.perceptual import LPIPS, load_lpips
 from lumen.generation.vq import (
     LossWeights,
     PatchDiscriminator,
@@ -62,6 +63,12 @@ class ImageData:
         if self.name == "image_folder":
             return data.image_folder(pathlib.Path(self.path) / part)
         return data.image_parquet(str(pathlib.Path(self.path) / f"{part}*.parquet"))
+
+    def arrays(self, split: Literal["train", "validation", "test"]) -> tuple[np.ndarray, np.ndarray]:
+        """All images uint8 [n, H, W, 3] and labels [n] of a split small enough to hold."""
+        source = self.source(split)
+        records = [source[i] for i in range(len(source))]
+        return np.stack([r["image"] for r in records]), np.array([r["label"] for r in records])
 
     def batches(self, split, *, batch_size: int, seed: int = 0, repeat: bool = True):
         """Batches of uint8 [B, size, size, 3] images and labels."""
@@ -148,7 +155,7 @@ class VQOptions:
       loss: weights of the loss terms; the adversarial ones need `discriminator`.
       discriminator: train a PatchGAN beside the tokenizer.
       discriminator_layers: its stride-2 convolutions; 3 see patches of 70 pixels.
-      perceptual: path of LPIPS weights (VGG-16 and its linear heads); empty leaves the term out.
+      perceptual: paths of the two files of LPIPS weights, VGG-16 and its linear heads; empty leaves the term out.
     """
 
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -156,17 +163,24 @@ class VQOptions:
     loss: LossWeights = dataclasses.field(default_factory=LossWeights)
     discriminator: bool = False
     discriminator_layers: int = 3
-    perceptual: str = ""
+    perceptual: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if len(self.perceptual) not in (0, 2):
+            raise ValueError(
+                f"perceptual={self.perceptual}; wanted two paths, of VGG-16 and of the LPIPS heads, or none."
+            )
 
 
 class TokenizerTraining(nnx.Module):
-    """What a tokenizer run trains: the tokenizer and, with the adversarial loss, its discriminator."""
+    """What a tokenizer run holds: the tokenizer, perhaps its discriminator, and perhaps LPIPS, which does not train."""
 
     def __init__(self, config: VQConfig, options: VQOptions, *, rngs: nnx.Rngs):
         self.tokenizer = VQModel(config, rngs=rngs)
         self.discriminator = None
         if options.discriminator:
             self.discriminator = PatchDiscriminator(layers=options.discriminator_layers, rngs=rngs)
+        self.perceptual = LPIPS() if options.perceptual else None
 
 
 def make_task(options: VQOptions, *, batch_size: int, seed: int, workdir: pathlib.Path) -> Task:
@@ -176,17 +190,12 @@ def make_task(options: VQOptions, *, batch_size: int, seed: int, workdir: pathli
     if images.size % config.stride:
         raise ConfigError(f"vq.data.size={images.size} is not a multiple of the tokenizer's stride {config.stride}.")
     grid = images.size // config.stride
-    perceptual = None
-    if options.perceptual:
-        from lumen.generation.perceptual import load_lpips
-
-        perceptual = load_lpips(options.perceptual)
 
     def loss(model: TokenizerTraining, batch, key, step):
-        pictures = data.to_model(batch["image"]).astype(model.tokenizer.decoder.conv_out.bias.dtype)
+        pictures = data.to_model(batch["image"]).astype(model.tokenizer.codebook.dtype)
         held = jax.lax.stop_gradient(model.discriminator)
         value, made = vq_loss(
-            model.tokenizer, pictures, options.loss, perceptual=perceptual, discriminator=held, step=step, key=key
+            model.tokenizer, pictures, options.loss, perceptual=model.perceptual, discriminator=held, step=step, key=key
         )
         metrics = made.metrics
         if model.discriminator is not None:
@@ -220,10 +229,7 @@ def make_task(options: VQOptions, *, batch_size: int, seed: int, workdir: pathli
             "codebook_usage": float((code_frequencies(jnp.asarray(codes), config.codebook_size) > 0).mean()),
         }
         if images.name == "digits":
-            train = [data_record for data_record in images.source("train")]
-            classifier = fit_digit_classifier(
-                np.stack([r["image"] for r in train]), np.array([r["label"] for r in train])
-            )
+            classifier = fit_digit_classifier(*images.arrays("train"))
             metrics["accuracy"] = float((classifier.predict(results) == labels).mean())
         pairs = np.stack([originals[:32], results[:32]], axis=1).reshape(-1, *originals.shape[1:])
         return metrics, {"reconstructions": image_grid(pairs, columns=16)}
@@ -233,6 +239,11 @@ def make_task(options: VQOptions, *, batch_size: int, seed: int, workdir: pathli
         shape = (batch_size, images.size, images.size, 3)
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
         return reconstruct, (abstract, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding))
+
+    def load(model: TokenizerTraining) -> TokenizerTraining:
+        model = nnx.clone(model)
+        model.perceptual = load_lpips(*options.perceptual)
+        return model
 
     def export(model: TokenizerTraining, workdir: pathlib.Path):
         pretrained.save(workdir / "model.safetensors", model.tokenizer, names.RULES)
@@ -249,5 +260,6 @@ def make_task(options: VQOptions, *, batch_size: int, seed: int, workdir: pathli
         monitor=lambda model, key: measure(model, "validation", 64),
         evaluate=lambda model, key, workdir: measure(model, "test", 1 << 30),
         inference=inference,
+        pretrained=load if options.perceptual else None,
         export=export,
     )

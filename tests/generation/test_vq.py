@@ -14,6 +14,7 @@ from lumen.generation.perceptual import LPIPS, load_lpips
 from lumen.generation.vq import (
     LossWeights,
     PatchDiscriminator,
+    ResidualBlock,
     Upsample,
     VQConfig,
     VQModel,
@@ -114,17 +115,22 @@ def check_features(features, record):
 class TestGoldens:
     def test_encoder_features(self, original):
         model, record, _ = original
+        features = jax.jit(self.encoder_features)(model, nhwc(record["in/image"]))
+        check_features(features, record)
+
+    @staticmethod
+    def encoder_features(model, images):
         encoder, features = model.encoder, {}
-        h = features["encoder.conv_in"] = encoder.conv_in(nhwc(record["in/image"]))
+        h = features["encoder.conv_in"] = encoder.conv_in(images)
         features["encoder.conv_blocks.0.res.0"] = encoder.levels[0].blocks[0](h)
         h = features["encoder.conv_blocks.0.downsample"] = encoder.downsamples[0](encoder.levels[0](h))
         h = encoder.downsamples[1](encoder.levels[1](h))
         block = features["encoder.conv_blocks.2.res.0"] = encoder.levels[2].blocks[0](h)
         features["encoder.conv_blocks.2.attn.0"] = encoder.levels[2].attentions[0](block)
         features["encoder.mid.1"] = encoder.middle.attention(encoder.middle.block1(encoder.levels[2](h)))
-        features["encoder"] = encoder(nhwc(record["in/image"]))
-        features["quant_conv"] = model.latents(nhwc(record["in/image"]))
-        check_features(features, record)
+        features["encoder"] = encoder(images)
+        features["quant_conv"] = model.latents(images)
+        return features
 
     def test_encode(self, original):
         model, record, _ = original
@@ -148,10 +154,13 @@ class TestGoldens:
 
     def test_decoder_features(self, original):
         model, _, record = original
-        decoder, features = model.decoder, {}
-        grid = tuple(record["in/grid"])
-        codes = model.lookup(record["in/indices"].reshape(-1, *grid))
+        codes = model.lookup(record["in/indices"].reshape(-1, *record["in/grid"]))
         np.testing.assert_allclose(codes, nhwc(record["out/codes"]), atol=1e-6)
+        check_features(jax.jit(self.decoder_features)(model, codes), record)
+
+    @staticmethod
+    def decoder_features(model, codes):
+        decoder, features = model.decoder, {}
         h = features["post_quant_conv"] = model.from_code(codes)
         h = features["decoder.conv_in"] = decoder.conv_in(h)
         features["decoder.mid.1"] = decoder.middle.attention(decoder.middle.block1(h))
@@ -161,7 +170,7 @@ class TestGoldens:
         h = features["decoder.conv_blocks.0.upsample"] = decoder.upsamples[0](h)
         h = features["decoder.conv_blocks.2.res.2"] = decoder.levels[2](decoder.upsamples[1](decoder.levels[1](h)))
         features["decoder.norm_out"] = decoder.norm_out(h)
-        check_features(features, record)
+        return features
 
     def test_decode(self, original):
         model, _, record = original
@@ -181,11 +190,11 @@ class TestGoldens:
     def test_forward_is_encode_then_decode(self, original):
         model, record, _ = original
         images = nhwc(record["in/image"])
-        reconstruction, quantized = model(images)
-        codes, _ = model.encode(images)
-        np.testing.assert_array_equal(quantized.codes, codes)
+        reconstruction, quantized = jax.jit(lambda model, x: model(x))(model, images)
+        np.testing.assert_array_equal(quantized.codes, record["out/indices"])
         # z + (e - z) differs from e by the rounding of a unit vector, amplified by the decoder.
-        np.testing.assert_allclose(reconstruction, model.decode_codes(codes, grid=(8, 8)), **IMAGE)
+        decoded = jax.jit(lambda model, codes: model.decode_codes(codes, grid=(8, 8)))(model, quantized.codes)
+        np.testing.assert_allclose(reconstruction, decoded, **IMAGE)
 
 
 def published_shapes():
@@ -326,19 +335,25 @@ class TestLayers:
     @pytest.mark.parametrize("shape", [(1, 1, 1, 4), (2, 3, 5, 4)])
     def test_upsample_is_repeat_then_convolution(self, shape):
         layer = Upsample(4, rngs=nnx.Rngs(0))
-        x = jax.random.normal(jax.random.key(0), shape)
-
-        def direct(layer, x):
-            return layer.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
-
-        # float32 sums of 36 products of order 1.
-        np.testing.assert_allclose(layer(x), direct(layer, x), atol=36 * 2**-23)
-        direction = jax.random.normal(jax.random.key(1), direct(layer, x).shape)
-        got, want = (
-            jax.grad(lambda layer, x, f=f: jnp.sum(f(layer, x) * direction), argnums=(0, 1))(layer, x)
-            for f in (lambda layer, x: layer(x), direct)
+        x, direction = (
+            jax.random.normal(jax.random.key(i), (b, h * i, w * i, c)) for i in (1, 2) for b, h, w, c in [shape]
         )
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), got, want)
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def value_and_gradients(apply, layer, x):
+            y, pull_back = jax.vjp(apply, layer, x)
+            return y, *pull_back(direction)
+
+        direct = value_and_gradients(
+            lambda layer, x: layer.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)), layer, x
+        )
+        # float32 sums of 36 products of order 1, or of one per position for the kernel's gradient.
+        atol = max(36, direction.size) * 2**-23
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=atol),
+            value_and_gradients(lambda layer, x: layer(x), layer, x),
+            direct,
+        )
 
     def test_downsample_pads_only_below_and_right(self, small):
         """A kernel that copies its top left tap sees no padding; one that copies its bottom right tap sees it last."""
@@ -355,12 +370,20 @@ class TestLayers:
         np.testing.assert_array_equal(copy_tap(2, 2), jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))[:, 2::2, 2::2])
 
     def test_dropout_needs_a_key(self, tiny):
-        model, images = new_model(dataclasses.replace(tiny[0].config, dropout=0.5), 3), tiny[1]
-        run = jax.jit(lambda model, key: model(images, key=key)[0])
-        np.testing.assert_allclose(run(model, None), tiny[0](images)[0], atol=1e-5)
-        a, again, b = (run(model, jax.random.key(seed)) for seed in (0, 0, 1))
+        block = ResidualBlock(dataclasses.replace(tiny[0].config, dropout=0.5), 4, 4, rngs=nnx.Rngs(0))
+        x = jnp.asarray(tiny[1][..., :1] + jnp.arange(4.0))
+        run = jax.jit(lambda key: block(x, key=key))
+        a, again, b, plain = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1)), run(None)
         np.testing.assert_array_equal(a, again)
         assert jnp.any(a != b)
+        assert jnp.any(a != plain)
+
+    def test_every_block_drops_differently(self, tiny, monkeypatch):
+        keys = []
+        monkeypatch.setattr(ResidualBlock, "__call__", lambda self, x, *, key: keys.append(key) or x)
+        tiny[0](tiny[1], key=jax.random.key(0))
+        assert len(keys) == 6  # one block and two in the middle, for encoder and decoder
+        assert len(np.unique([jax.random.key_data(key) for key in keys], axis=0)) == 6
 
     def test_bfloat16_parameters_give_bfloat16_images(self, small):
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small.model)
@@ -498,7 +521,8 @@ class TestDiscriminator:
             h = leaky(h * np.float64(norm.scale[...]) + np.float64(norm.bias[...]))
         want = convolve(h, d.conv_out.kernel[...], d.conv_out.bias[...])
         assert want.shape == (3, 2, 1, 1)
-        np.testing.assert_allclose(d(images), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+        got = jax.jit(lambda d: d(images))(d)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
     def test_hinge_loss(self):
         d = PatchDiscriminator(4, layers=1, rngs=nnx.Rngs(0))
@@ -645,11 +669,10 @@ class TestLPIPS:
             a, b = (f / (np.linalg.norm(f, axis=-1, keepdims=True) + 1e-10) for f in (a, b))
             want += ((a - b) ** 2 @ np.float64(heads[f"lin{i}.model.1.weight"].ravel())).mean((1, 2))
         # float32 sums of up to 4608 terms through 13 layers.
-        np.testing.assert_allclose(lpips(x, y), want, rtol=1e-4)
-
-    def test_same_image_is_at_distance_zero(self, lpips):
-        x = np.random.default_rng(1).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
-        assert lpips(x, x) == 0
+        distance = jax.jit(lambda lpips, x, y: lpips(x, y))
+        np.testing.assert_allclose(distance(lpips, x, y), want, rtol=1e-4)
+        # Differences of unit vectors by float32 rounding, squared.
+        np.testing.assert_allclose(distance(lpips, x, x), 0, atol=1e-12)
 
     def test_gradient_is_finite_where_all_features_are_zero(self):
         """Zero weights leave every activation at 0, where a bare square root has no derivative."""

@@ -222,22 +222,27 @@ def generate_codes(
             code, mask = (jax.lax.dynamic_slice_in_dim(a, first_slot, segment.queries, axis=1) for a in known)
             chosen = jnp.where(mask, code, chosen)
         codes = jax.lax.dynamic_update_slice_in_dim(codes, chosen, first_slot, axis=1)
-        if return_logits:
+        if logits_kept is not None:
             logits_kept = jax.lax.dynamic_update_slice_in_dim(logits_kept, logits, first_slot, axis=1)
         return codes, cache, logits_kept
 
     carry = (codes, cache, logits_kept)
     for segment in segments:
-        chosen = slice(segment.first, segment.last + 1)
         if segment.first == segment.last:
             first = segment.first
             carry = step(carry, int(starts[first]), int(blocks[first]), int(blocks[first + 1]), segment)
             continue
-        scanned = jax.tree.map(jnp.asarray, (starts[:-1][chosen], blocks[chosen], blocks[1:][chosen]))
-        carry, _ = jax.lax.scan(lambda carry, xs, segment=segment: (step(carry, *xs, segment), None), carry, scanned)
+
+        def body(carry, step_at, segment=segment):
+            start, previous, wanted = step_at
+            return step(carry, start, previous, wanted, segment), None
+
+        steps = slice(segment.first, segment.last + 1)
+        steps_at = [jnp.asarray(array[steps]) for array in (starts[:-1], blocks, blocks[1:])]
+        carry, _ = jax.lax.scan(body, carry, steps_at)
     codes, _, logits_kept = carry
     raster = jnp.put_along_axis(jnp.zeros_like(orders), orders, codes[:, 1 : count + 1], axis=1, inplace=False)
-    return (raster, logits_kept[:, 1 : count + 1]) if return_logits else raster
+    return raster if logits_kept is None else (raster, logits_kept[:, 1 : count + 1])
 
 
 def generate_images(
