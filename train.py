@@ -95,7 +95,8 @@ def configure(flags: argparse.Namespace, overrides: Sequence[str], devices=None)
     config, options = build_all((TrainConfig, tree, "config"), (kind, section, f"config.{name}"))
     workdir = flags.workdir or pathlib.Path("runs/plan")
     try:
-        task = make_task(options, batch_size=config.batch_size, seed=config.seed, workdir=workdir)
+        run_options = {"batch_size": config.batch_size, "seed": config.seed, "total_steps": config.total_steps}
+        task = make_task(options, workdir=workdir, **run_options)
         run = set_up(config, task, devices)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -144,8 +145,7 @@ def main(argv: Sequence[str]) -> int:
             return compile_plan(run.step, (run.abstract_state, run.abstract_batch(), key), topology, run.mesh, title)
         start_processes(flags)
         run, resolved = configure(flags, overrides)
-        if jax.process_index() == 0:
-            prepare_workdir(flags.workdir, resolved)
+        prepare_workdir(flags.workdir, resolved)
         with jax.set_mesh(run.mesh):
             metrics = train(run, flags.workdir, profile_steps=flags.profile)
     except EXPECTED_ERRORS as error:
@@ -157,5 +157,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # By force: importing Orbax has made absl set up logging already.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     sys.exit(main(sys.argv[1:]))

@@ -65,12 +65,12 @@ def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh 
       shape: the array's shape.
       axes: logical names of the *last* len(axes) dimensions; missing leading dimensions are stacked layers, never
         split.
-      mesh: the mesh to split over.
+      mesh: the mesh to split over; of its axes, those of other names than MESH_AXES have no part in this.
     """
     names = (None,) * (len(shape) - len(axes)) + tuple(axes)
     spec = []
     for size, name in zip(shape, names, strict=True):
-        targets = RULES.get(name, ()) if name else ()
+        targets = tuple(axis for axis in RULES.get(name or "", ()) if axis in mesh.shape)
         parts = math.prod(mesh.shape[axis] for axis in targets)
         divides = parts > 1 and size % parts == 0
         spec.append((targets[0] if len(targets) == 1 else targets) if divides else None)

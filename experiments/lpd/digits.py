@@ -35,6 +35,6 @@ def get_config():
         data=dict(name="digits", size=32),
         codes="workdir",
         shifts=1,
-        evaluation=dict(protocol="digits", steps=8, repulsion_threshold=1, samples=2000, batch_size=100, runs=10),
+        evaluation=dict(protocol="digits", steps=8, repulsion_threshold=1, samples=2000, batch_size=64, runs=10),
     )
     return config

@@ -12,22 +12,25 @@ def get_config():
     config = ml_collections.ConfigDict()
     config.task = "vq"
     config.seed = 0
-    config.total_steps = 400
-    config.batch_size = 64
-    config.optimizer = dict(name="adamw", learning_rate=2e-3, warmup_steps=20, final_learning_rate=1e-5)
-    config.log_every = 50
+    config.total_steps = 600
+    config.batch_size = 8
+    config.optimizer = dict(
+        name="adam", learning_rate=8e-3, warmup_steps=30, final_learning_rate=2e-4, beta2=0.95, clip_norm=1.0
+    )
+    config.log_every = 100
     config.save_every = 200
     config.vq = dict(
         model=dict(
             size="vq16",
-            channels=16,
-            channel_multipliers=(1, 2, 4),
+            channels=8,
+            channel_multipliers=(1, 2, 2),
             encoder_blocks=1,
             decoder_blocks=1,
             latent_channels=32,
-            codebook_size=256,
-            groups=8,
+            codebook_size=128,
+            groups=4,
         ),
         data=dict(name="digits", size=32),
+        revive_every=20,
     )
     return config

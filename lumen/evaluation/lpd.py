@@ -24,6 +24,7 @@ from lumen.evaluation.fid import evaluate_generation
 from lumen.evaluation.inception import feature_extractor, load_inception
 from lumen.evaluation.latency import seconds
 from lumen.generation.lpd import LPD, Sampling, generate_codes, generate_images
+from lumen.generation.lpd.generate import Mode
 from lumen.generation.lpd.order import Kind, make_order
 from lumen.generation.lpd.schedule import group_of_rank, group_sizes
 from lumen.generation.vq import VQModel, to_uint8
@@ -61,17 +62,13 @@ class EvaluationOptions:
     order: Kind = "locality"
     repulsion_threshold: int = 2
     samples: int = 2000
-    batch_size: int = 100
+    batch_size: int = 64
     seeds: int = 3
     inception: str = ""
     reference: str = ""
     batches: tuple[int, ...] = (1, 64)
     runs: int = 5
     warmup: int = 1
-
-    def sampling(self, guidance: float | None = None) -> Sampling:
-        """The sampling options at a guidance scale, by default the configured one."""
-        return Sampling(guidance=guidance or self.guidance or 2.0)
 
 
 def evaluate_lpd(model: LPD, tokenizer: VQModel, key, options: EvaluationOptions, digits: Digits | None, workdir):
@@ -86,24 +83,29 @@ def evaluate_lpd(model: LPD, tokenizer: VQModel, key, options: EvaluationOptions
 
 
 @functools.cache
-def _generator(sizes: tuple[int, ...], sampling: Sampling, order: Kind, repulsion: int):
-    """One compiled program per schedule, sampling and order."""
+def _generator(sizes: tuple[int, ...], order: Kind, repulsion: int, guided: bool):
+    """One compiled program per schedule and order, for every guidance scale."""
 
     @jax.jit
-    def generate(model, tokenizer, labels, keys):
+    def generate(model, tokenizer, labels, keys, guidance):
         return generate_images(
             model,
             tokenizer,
             labels,
             keys,
             group_sizes=sizes,
-            sampling=sampling,
+            sampling=Sampling(guidance=guidance if guided else 1.0),
             order=order,
             repulsion_threshold=repulsion,
-            mode="scan" if len(sizes) > 100 else "bucketed",
+            mode=_mode(sizes),
         )
 
     return generate
+
+
+def _mode(sizes: tuple[int, ...]) -> Mode:
+    """Long schedules have nearly equal steps: one body is enough. Short ones compile in a few."""
+    return "scan" if len(sizes) > 40 else "bucketed"
 
 
 def sample(
@@ -119,12 +121,13 @@ def sample(
 ) -> Iterator[np.ndarray]:
     """Batches of images uint8 [b, H, W, 3] for labels [n]; image i depends on fold_in(key, i) and its label."""
     sizes = group_sizes(model.config.tokens, steps or options.steps)
-    generate = _generator(sizes, options.sampling(guidance), order or options.order, options.repulsion_threshold)
+    guidance = guidance or options.guidance or 1.0
+    generate = _generator(sizes, order or options.order, options.repulsion_threshold, guidance != 1.0)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(labels)))
-    size = min(options.batch_size, len(labels))
+    size = options.batch_size
     for start in tqdm(range(0, len(labels), size), desc=f"{len(sizes)} steps", leave=False, disable=None):
         rows = np.arange(start, start + size) % len(labels)  # the last batch is filled up, so nothing compiles twice
-        images, _, _ = generate(model, tokenizer, jnp.asarray(labels[rows]), keys[rows])
+        images, _, _ = generate(model, tokenizer, jnp.asarray(labels[rows]), keys[rows], guidance)
         yield np.asarray(images)[: len(labels) - start]
 
 
@@ -170,26 +173,22 @@ def measure_latency(model: LPD, tokenizer: VQModel, key, options: EvaluationOpti
 
 def _times(model, tokenizer, key, options, *, steps, batch):
     """Median seconds of each part of the program, for one batch."""
-    sizes, sampling = group_sizes(model.config.tokens, steps), options.sampling()
+    sizes, guidance = group_sizes(model.config.tokens, steps), options.guidance or 1.0
     keys, labels = jax.random.split(key, batch), jnp.arange(batch, dtype=jnp.int32) % model.config.classes
     grid = (model.config.grid,) * 2
     order = jax.jit(jax.vmap(lambda key: make_order(options.order, key, sizes, grid)))
     orders = order(keys)
-    mode = "scan" if len(sizes) > 100 else "bucketed"
-    decode = jax.jit(
-        lambda model, orders: generate_codes(
-            model, labels, orders, keys, group_sizes=sizes, sampling=sampling, mode=mode
-        )
-    )
+    options_of = {"group_sizes": sizes, "sampling": Sampling(guidance=guidance), "mode": _mode(sizes)}
+    decode = jax.jit(lambda model, orders: generate_codes(model, labels, orders, keys, **options_of))
     codes = decode(model, orders)
     pixels = jax.jit(lambda tokenizer, codes: to_uint8(tokenizer.decode_codes(codes, grid=grid)))
-    whole = _generator(sizes, sampling, options.order, options.repulsion_threshold)
+    whole = _generator(sizes, options.order, options.repulsion_threshold, guidance != 1.0)
     timed = functools.partial(seconds, runs=options.runs, warmup=options.warmup)
     times = {
         "tokens": timed(decode, model, orders),
         "orders": timed(order, keys),
         "pixels": timed(pixels, tokenizer, codes),
-        "whole": timed(whole, model, tokenizer, labels, keys),
+        "whole": timed(whole, model, tokenizer, labels, keys, guidance),
     }
     medians = {f"{name}_s": value["median"] for name, value in times.items()}
     return medians | {"images_per_s": batch / times["whole"]["median"], "compile_s": times["whole"]["compile"]}
@@ -275,9 +274,11 @@ def _mean_and_deviation(results: list[dict[str, float]]) -> dict[str, dict[str, 
 def _snapshots(model, tokenizer, labels, key, options, *, steps: int) -> dict[str, np.ndarray]:
     """For one image per class: when each cell was decoded, and the picture with the cells of each step filled in."""
     sizes = group_sizes(model.config.tokens, steps)
-    grid = model.config.grid
-    generate = _generator(sizes, options.sampling(), options.order, options.repulsion_threshold)
-    images, _, orders = generate(model, tokenizer, jnp.asarray(labels), jax.random.split(key, len(labels)))
+    grid, guidance = model.config.grid, options.guidance or 1.0
+    generate = _generator(sizes, options.order, options.repulsion_threshold, guidance != 1.0)
+    filled = jnp.asarray(np.resize(labels, options.batch_size))  # the batch that the samples were compiled for
+    images, _, orders = generate(model, tokenizer, filled, jax.random.split(key, len(filled)), guidance)
+    images, orders = images[: len(labels)], orders[: len(labels)]
     step_of_cell = np.empty((len(labels), model.config.tokens), np.int32)
     np.put_along_axis(step_of_cell, np.asarray(orders), group_of_rank(sizes)[None], axis=1)
     return {"images": np.asarray(images), "step_of_cell": step_of_cell.reshape(-1, grid, grid)}

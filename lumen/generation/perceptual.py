@@ -90,8 +90,8 @@ class LPIPS(nnx.Module):
         total = jnp.zeros(x.shape[0], jnp.float32)
         for features, weight in zip(activations, self.heads.weights, strict=True):
             features = features.astype(jnp.float32)
-            # The floor inside the root keeps the gradient finite where a whole vector is 0 after ReLU.
-            length = jnp.sqrt(jnp.maximum(jnp.sum(features**2, axis=-1, keepdims=True), 1e-20))
+            # Where all features are 0 the root's gradient is NaN; the ReLU before it selects 0 there.
+            length = jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True))
             a, b = jnp.split(features / (length + 1e-10), 2)
             total += jnp.mean((a - b) ** 2 @ weight[...].astype(jnp.float32), axis=(1, 2))
         return total

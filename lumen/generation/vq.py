@@ -626,13 +626,16 @@ def vq_loss(
 
 
 def _gradient_ratio(conv, hidden, numerator, denominator):
-    """|d numerator / d kernel| / (|d denominator / d kernel| + 1e-4), at most 1e4, for losses of conv(hidden)."""
+    """|d numerator / d kernel| / (|d denominator / d kernel| + 1e-4), at most 1e4, for losses of conv(hidden).
+
+    A constant to differentiation.
+    """
     conv, hidden = jax.lax.stop_gradient((conv, hidden))
     norms = [
         jnp.linalg.norm(jax.grad(lambda conv, loss=loss: loss(conv(hidden)))(conv).kernel[...].ravel())
         for loss in (numerator, denominator)
     ]
-    return jax.lax.stop_gradient(jnp.clip(norms[0] / (norms[1] + 1e-4), 0.0, 1e4))
+    return jnp.minimum(norms[0] / (norms[1] + 1e-4), 1e4)
 
 
 def discriminator_loss(discriminator: PatchDiscriminator, images, reconstruction, weights: LossWeights, *, step):

@@ -12,6 +12,7 @@ import base64
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -155,7 +157,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._step = -1
         self._failure: Exception | None = None
-        logging.getLogger("absl").addFilter(_not_orbax_chatter)
+        _quieten_orbax()
         # Weights hardly compress, and compressing them takes longer than writing them.
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         atexit.register(self._report_at_exit)
@@ -472,9 +474,33 @@ def _explain(error: BaseException) -> tuple[str, str]:
     return f"{type(error).__name__}: {error}", "mend that and save again"
 
 
+@functools.cache
+def _quieten_orbax() -> None:
+    """Once in a process: leaves of Orbax's messages those that say something new.
+
+    When one array cannot be written, Orbax raises that error and ends its event loop; the errors of the other arrays
+    then surface one by one, from asyncio and from the threads of TensorStore, which find the loop closed.
+    """
+    show = sys.unraisablehook
+
+    def show_others(unraisable):
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            show(unraisable)
+
+    sys.unraisablehook = show_others
+    logging.getLogger("absl").addFilter(_not_orbax_chatter)
+    logging.getLogger("asyncio").addFilter(_not_orbax_leftover)
+
+
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
     """Orbax tells every step at INFO, and the errors that it raises as well."""
     return "/orbax/" not in record.pathname or (record.levelno >= logging.WARNING and not record.exc_info)
+
+
+def _not_orbax_leftover(record: logging.LogRecord) -> bool:
+    lost = "exception was never retrieved" in record.getMessage()
+    return not (lost and "orbax" in logging.Formatter().format(record))
 
 
 # Processes.

@@ -27,7 +27,7 @@ from lumen.io.checkpoint import Checkpointer
 from lumen.sharding import batch_sharding, make_mesh
 from lumen.training.metrics import Recorder
 from lumen.training.optim import OptimizerConfig, make_optimizer
-from lumen.training.step import Loss, TrainState, initial_state, jit_step, make_train_step, state_shardings
+from lumen.training.step import Adjust, Loss, TrainState, initial_state, jit_step, make_train_step, state_shardings
 
 Pictures = dict[str, np.ndarray]
 
@@ -52,6 +52,7 @@ class Task:
       batches: makes the input of this process.
       monitor: (model, key) -> metrics and pictures during training; quick.
       evaluate: (model, key, workdir) -> metrics and pictures at the end; the published protocol.
+      adjust: see `make_train_step`; None for most.
       pretrained: puts weights that come from files into a fresh model; None where there are none.
       export: (model, workdir), what to leave beside the checkpoints when training is over.
       inference: mesh -> (the jitted program that evaluation spends its time in, its abstract arguments); to compile it
@@ -65,6 +66,7 @@ class Task:
     monitor: Callable[[Any, Any], tuple[dict[str, float], Pictures]]
     evaluate: Callable[[Any, Any, pathlib.Path], tuple[dict[str, Any], Pictures]]
     inference: Callable[[jax.sharding.Mesh], tuple[Any, tuple]]
+    adjust: Adjust | None = None
     pretrained: Callable[[Any], Any] | None = None
     export: Callable[[Any, pathlib.Path], None] | None = None
 
@@ -179,6 +181,7 @@ def set_up(config: TrainConfig, task: Task, devices=None) -> Run:
         compute_dtype=jnp.dtype(config.compute_dtype),
         accumulate=config.accumulate,
         average_decay=config.average_decay,
+        adjust=task.adjust,
     )
     run = Run(config, task, mesh, graphdef, None, None)  # type: ignore[arg-type]
     shapes = jax.eval_shape(run._init, jax.random.key(0))
@@ -188,7 +191,10 @@ def set_up(config: TrainConfig, task: Task, devices=None) -> Run:
 
 
 def prepare_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any]) -> None:
-    """Creates the workdir and writes `config.json`: the resolved configuration, versions and git commit."""
+    """Creates the workdir and writes `config.json`: the resolved configuration, versions and git commit.
+
+    Every process of a job tries to write, so that all of them stop if they cannot; the file of process 0 stays.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         record = {
@@ -199,9 +205,12 @@ def prepare_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any]) -> None:
             "git": _git_commit(),
             "command": sys.argv,
         }
-        temporary = workdir / "config.json.tmp"
+        temporary = workdir / f"config.{jax.process_index()}.tmp"
         temporary.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(temporary, workdir / "config.json")
+        if jax.process_index() == 0:
+            os.replace(temporary, workdir / "config.json")
+        else:
+            temporary.unlink()
     except OSError as error:
         raise WorkdirError(
             f"--workdir={workdir}: cannot write there: {error.strerror}; give a directory that can be written."

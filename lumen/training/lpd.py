@@ -65,8 +65,9 @@ class LPDTraining(nnx.Module):
         self.tokenizer: VQModel = freeze(tokenizer)
 
 
-def make_task(options: LPDOptions, *, batch_size: int, seed: int, workdir: pathlib.Path) -> Task:
+def make_task(options: LPDOptions, *, batch_size: int, seed: int, total_steps: int, workdir: pathlib.Path) -> Task:
     """The parts of an LPD run."""
+    del total_steps
     tokenizer_config = options.tokenizer.config()
     if options.image_size % tokenizer_config.stride:
         raise ConfigError(
@@ -112,10 +113,9 @@ def make_task(options: LPDOptions, *, batch_size: int, seed: int, workdir: pathl
     )
 
     def load(model: LPDTraining) -> LPDTraining:
-        lpd = model.lpd
-        if options.start:
-            lpd = _load_lpd(options.start, config)
-        return _assemble(lpd, options.tokenizer.load())
+        tokenizer = options.tokenizer.load()
+        lpd = _load_lpd(options.start, config) if options.start else model.lpd
+        return _assemble(lpd, tokenizer)
 
     def inference(mesh):
         steps = options.evaluation.steps

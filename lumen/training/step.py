@@ -31,6 +31,8 @@ class TrainState(NamedTuple):
 
 # loss(model, batch, key, step) -> (scalar to minimise, {name: scalar}); step counts the updates made so far.
 Loss = Callable[[Any, Any, Any, Any], tuple[Any, dict[str, Any]]]
+# adjust(model, batch, key, step) -> model
+Adjust = Callable[[Any, Any, Any, Any], Any]
 
 
 def cast_floats(tree, dtype):
@@ -53,6 +55,7 @@ def make_train_step(
     compute_dtype=jnp.float32,
     accumulate: int = 1,
     average_decay: float = 0.0,
+    adjust: Adjust | None = None,
 ):
     """Builds step(state, batch, key) -> (state, metrics), to be jitted with the state donated.
 
@@ -63,6 +66,7 @@ def make_train_step(
       compute_dtype: parameters are cast to it before the forward pass; the update stays in float32.
       accumulate: the batch is run in so many equal parts, one after the other; gradients and metrics are averaged.
       average_decay: decay of the parameters' moving average, when the state has one.
+      adjust: a change to the model after the update that is no gradient step, such as reviving dead codes.
 
     The metrics are the loss's own, "loss" and "gradient_norm" (before clipping) of the parameters that came, and
     "parameter_norm" of those that go.
@@ -94,14 +98,17 @@ def make_train_step(
                 return jax.tree.map(lambda a, b: a + b / accumulate, total, new), None
 
             (grads, metrics), _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulate)))
-        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics["parameter_norm"] = optax.global_norm(params)
+        params, frozen = optax.apply_updates(state.params, updates), state.frozen
+        if adjust is not None:
+            model = adjust(nnx.merge(graphdef, params, frozen), batch, jax.random.fold_in(key, 1), state.step)
+            _, params, frozen = nnx.split(model, nnx.Param, ...)
+        metrics["parameter_norm"] = optax.tree.norm(params)
         average = state.average
         if average is not None:
             average = jax.tree.map(lambda a, p: average_decay * a + (1 - average_decay) * p, average, params)
-        return TrainState(state.step + 1, params, state.frozen, opt_state, average), metrics
+        return TrainState(state.step + 1, params, frozen, opt_state, average), metrics
 
     return step
 

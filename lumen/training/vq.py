@@ -20,6 +20,7 @@ from lumen.generation.vq import (
     VQModel,
     code_frequencies,
     discriminator_loss,
+    revive,
     to_uint8,
     vq_loss,
 )
@@ -101,6 +102,8 @@ class TokenizerRef:
 
     def config(self) -> VQConfig:
         """The tokenizer's sizes."""
+        if self.path:
+            self.weights()  # says so if they are missing
         sizes = pathlib.Path(self.path) / "model.json"
         if self.path and sizes.is_file():
             return build(VQConfig, json.loads(sizes.read_text()), str(sizes))
@@ -153,6 +156,8 @@ class VQOptions:
       model: {"size": ...} and changes, see `vq_config`.
       data: training images.
       loss: weights of the loss terms; the adversarial ones need `discriminator`.
+      revive_every: every so many steps of the first 70 %, codes that the batch does not use move onto its latents; 0 is
+        never, as published. Keeps a small codebook alive in a short training.
       discriminator: train a PatchGAN beside the tokenizer.
       discriminator_layers: its stride-2 convolutions; 3 see patches of 70 pixels.
       perceptual: paths of the two files of LPIPS weights, VGG-16 and its linear heads; empty leaves the term out.
@@ -161,6 +166,7 @@ class VQOptions:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: ImageData = dataclasses.field(default_factory=ImageData)
     loss: LossWeights = dataclasses.field(default_factory=LossWeights)
+    revive_every: int = 0
     discriminator: bool = False
     discriminator_layers: int = 3
     perceptual: tuple[str, ...] = ()
@@ -183,7 +189,7 @@ class TokenizerTraining(nnx.Module):
         self.perceptual = LPIPS() if options.perceptual else None
 
 
-def make_task(options: VQOptions, *, batch_size: int, seed: int, workdir: pathlib.Path) -> Task:
+def make_task(options: VQOptions, *, batch_size: int, seed: int, total_steps: int, workdir: pathlib.Path) -> Task:
     """The parts of a tokenizer run."""
     del workdir
     config, images = vq_config(options.model), options.data
@@ -202,6 +208,17 @@ def make_task(options: VQOptions, *, batch_size: int, seed: int, workdir: pathli
             judged, extra = discriminator_loss(model.discriminator, pictures, made.images, options.loss, step=step)
             value, metrics = value + judged, metrics | {f"discriminator_{k}": v for k, v in extra.items()}
         return value, metrics
+
+    def adjust(model: TokenizerTraining, batch, key, step):
+        def revived(codebook):
+            codes, latents = model.tokenizer.encode(data.to_model(batch["image"]))
+            frequencies = code_frequencies(codes, config.codebook_size)
+            return revive(model.tokenizer, latents, frequencies, key)[0].codebook[...].astype(codebook.dtype)
+
+        due = (step % options.revive_every == 0) & (step > 0) & (step < 0.7 * total_steps)
+        codebook = jax.lax.cond(due, revived, lambda codebook: codebook, model.tokenizer.codebook[...])
+        model.tokenizer.codebook[...] = codebook
+        return model
 
     @jax.jit
     def reconstruct(model: TokenizerTraining, pictures):
@@ -260,6 +277,7 @@ def make_task(options: VQOptions, *, batch_size: int, seed: int, workdir: pathli
         monitor=lambda model, key: measure(model, "validation", 64),
         evaluate=lambda model, key, workdir: measure(model, "test", 1 << 30),
         inference=inference,
+        adjust=adjust if options.revive_every else None,
         pretrained=load if options.perceptual else None,
         export=export,
     )

@@ -31,14 +31,15 @@ class Sampling:
     Order of operations: guidance in logit space, temperature, top-k, top-p, one independent draw per token.
 
     Attributes:
-      guidance: classifier-free guidance scale s; 1 is off and halves the work. Logits are u + s_j (c - u).
+      guidance: classifier-free guidance scale s; logits are u + s_j (c - u). The number 1 is off and halves the work; a
+        traced scalar never is, and serves many scales with one program.
       schedule: "linear": s_j = 1 + (s - 1) j / N grows with the rank j of the token; "constant": s_j = s.
       temperature: logits are divided by it; 0 takes the most likely code.
       top_k: keep the k largest logits (ties at the k-th are kept); 0 keeps all.
       top_p: keep the smallest set whose probability reaches p; 1 keeps all.
     """
 
-    guidance: float = 1.0
+    guidance: float | jax.Array = 1.0
     schedule: Literal["linear", "constant"] = "linear"
     temperature: float = 1.0
     top_k: int = 0
@@ -53,10 +54,15 @@ class Sampling:
                 "wanted temperature >= 0, top_k >= 0 and top_p in [0, 1]."
             )
 
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional rows are needed."""
+        return not (isinstance(self.guidance, int | float) and self.guidance == 1)
+
 
 def guide(logits, ranks, tokens: int, sampling: Sampling):
     """Guided logits [B, G, V] from [2B, G, V] (conditional, unconditional, ...) at ranks [G] of `tokens` in all."""
-    if sampling.guidance == 1.0:
+    if not sampling.guided:
         return logits
     conditional, unconditional = logits[0::2], logits[1::2]
     progress = ranks / tokens if sampling.schedule == "linear" else jnp.ones_like(ranks, jnp.float32)
@@ -178,7 +184,7 @@ def generate_codes(
     if sum(group_sizes) != count or min(group_sizes) < 1:
         raise ValueError(f"generate_codes: group_sizes sum to {sum(group_sizes)}; wanted {count} in groups of >= 1.")
     batch = orders.shape[0]
-    guided = sampling.guidance != 1.0
+    guided = sampling.guided
     segments = plan_segments(group_sizes, mode)
     blocks = np.asarray((1, *group_sizes))
     starts = np.concatenate([[0], np.cumsum(blocks)])  # first cache slot of each block
@@ -241,7 +247,8 @@ def generate_codes(
         steps_at = [jnp.asarray(array[steps]) for array in (starts[:-1], blocks, blocks[1:])]
         carry, _ = jax.lax.scan(body, carry, steps_at)
     codes, _, logits_kept = carry
-    raster = jnp.put_along_axis(jnp.zeros_like(orders), orders, codes[:, 1 : count + 1], axis=1, inplace=False)
+    rank_of_cell = jnp.argsort(orders, axis=1)  # a gather stays on its device where a scatter would not
+    raster = jnp.take_along_axis(codes[:, 1 : count + 1], rank_of_cell, axis=1)
     return raster if logits_kept is None else (raster, logits_kept[:, 1 : count + 1])
 
 
