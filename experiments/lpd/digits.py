@@ -14,14 +14,13 @@ def get_config():
     config = ml_collections.ConfigDict()
     config.task = "lpd"
     config.seed = 0
-    config.total_steps = 1200
-    config.batch_size = 64
+    config.total_steps = 1100
+    config.batch_size = 32
     config.average_decay = 0.99
     config.optimizer = dict(
         name="adamw",
-        learning_rate=1e-3,
-        warmup_steps=100,
-        decay_start=600,
+        learning_rate=2e-3,
+        warmup_steps=50,
         final_learning_rate=1e-5,
         weight_decay=0.02,
         clip_norm=3.0,
@@ -29,7 +28,7 @@ def get_config():
     config.log_every = 50
     config.save_every = 300
     config.lpd = dict(
-        model=dict(size="debug", width=128, depth=4, heads=4, classes=10, dropout=0.1),
+        model=dict(size="debug", width=128, depth=4, heads=4, classes=10, dropout=0.0),
         image_size=32,
         tokenizer=dict(path="runs/digits_tokenizer"),
         data=dict(name="digits", size=32),

@@ -11,7 +11,7 @@ Three protocols, chosen by `EvaluationOptions.protocol`:
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -162,36 +162,45 @@ def measure_latency(model: LPD, tokenizer: VQModel, key, options: EvaluationOpti
     Protocol of the paper: labels to pixels, guidance on, after a warm-up; the median of `runs`.
     "tokens" is decoding alone with orders given, "orders" their generation, "pixels" the tokenizer's decoder.
     """
-    results: dict[str, Any] = {}
-    tokens = model.config.tokens
-    for steps in (options.steps, tokens):
-        for batch in options.batches:
-            parts = _times(model, tokenizer, key, options, steps=steps, batch=batch)
-            results[f"{steps}_steps_batch_{batch}"] = parts
-    return results
+    return _times(model, tokenizer, key, options, (model.config.tokens, options.steps))
 
 
-def _times(model, tokenizer, key, options, *, steps, batch):
-    """Median seconds of each part of the program, for one batch."""
-    sizes, guidance = group_sizes(model.config.tokens, steps), options.guidance or 1.0
-    keys, labels = jax.random.split(key, batch), jnp.arange(batch, dtype=jnp.int32) % model.config.classes
-    grid = (model.config.grid,) * 2
-    order = jax.jit(jax.vmap(lambda key: make_order(options.order, key, sizes, grid)))
-    orders = order(keys)
-    options_of = {"group_sizes": sizes, "sampling": Sampling(guidance=guidance), "mode": _mode(sizes)}
-    decode = jax.jit(lambda model, orders: generate_codes(model, labels, orders, keys, **options_of))
-    codes = decode(model, orders)
+def _times(model, tokenizer, key, options, schedules: Sequence[int]) -> dict[int, dict[str, dict[str, float]]]:
+    """{steps: {"batch_b": {part: seconds}}}; both schedules are timed in turn."""
+    grid, guidance = (model.config.grid,) * 2, options.guidance or 1.0
+    times: dict[int, dict[str, dict[str, float]]] = {steps: {} for steps in schedules}
     pixels = jax.jit(lambda tokenizer, codes: to_uint8(tokenizer.decode_codes(codes, grid=grid)))
-    whole = _generator(sizes, options.order, options.repulsion_threshold, guidance != 1.0)
-    timed = functools.partial(seconds, runs=options.runs, warmup=options.warmup)
-    times = {
-        "tokens": timed(decode, model, orders),
-        "orders": timed(order, keys),
-        "pixels": timed(pixels, tokenizer, codes),
-        "whole": timed(whole, model, tokenizer, labels, keys, guidance),
-    }
-    medians = {f"{name}_s": value["median"] for name, value in times.items()}
-    return medians | {"images_per_s": batch / times["whole"]["median"], "compile_s": times["whole"]["compile"]}
+    for batch in options.batches:
+        keys, labels = jax.random.split(key, batch), jnp.arange(batch, dtype=jnp.int32) % model.config.classes
+        programs = {}
+        for steps in schedules:
+            sizes = group_sizes(model.config.tokens, steps)
+            given = {"group_sizes": sizes, "sampling": Sampling(guidance=guidance), "mode": _mode(sizes)}
+
+            def order(keys, sizes=sizes):
+                return jax.vmap(lambda key: make_order(options.order, key, sizes, grid))(keys)
+
+            def decode(model, labels, orders, keys, given=given):
+                return generate_codes(model, labels, orders, keys, **given)
+
+            order, decode = jax.jit(order), jax.jit(decode)
+            arguments = (model, labels, order(keys), keys)
+            whole = _generator(sizes, options.order, options.repulsion_threshold, guidance != 1.0)
+            programs |= {
+                f"{steps} tokens": (decode, arguments),
+                f"{steps} orders": (order, (keys,)),
+                f"{steps} pixels": (pixels, (tokenizer, decode(*arguments))),
+                f"{steps} whole": (whole, (model, tokenizer, labels, keys, guidance)),
+            }
+        measured = seconds(programs, runs=options.runs, warmup=options.warmup)
+        for steps in schedules:
+            parts = {part: measured[f"{steps} {part}"]["median"] for part in ("tokens", "orders", "pixels", "whole")}
+            times[steps][f"batch_{batch}"] = {
+                **{f"{part}_s": value for part, value in parts.items()},
+                "images_per_s": batch / parts["whole"],
+                "compile_s": measured[f"{steps} whole"]["compile"],
+            }
+    return times
 
 
 def evaluate_digits(
@@ -225,13 +234,11 @@ def evaluate_digits(
         guidance = min(tried, key=lambda scale: tried[scale]["frechet_distance"])
     options = dataclasses.replace(options, guidance=guidance)
 
-    schedules = {}
-    for steps in (tokens, options.steps):
-        quality = judge(options.samples, "test", 1, steps=steps)
-        times = {
-            f"batch_{batch}": _times(model, tokenizer, key, options, steps=steps, batch=batch) for batch in (1, 64)
-        }
-        schedules[steps] = {"quality": quality, "times": times}
+    times = _times(model, tokenizer, key, options, (tokens, options.steps))
+    schedules = {
+        steps: {"quality": judge(options.samples, "test", 1, steps=steps), "times": times[steps]}
+        for steps in (tokens, options.steps)
+    }
     orders = {
         order: _mean_and_deviation(
             [judge(options.samples, "test", 10 + seed, order=order) for seed in range(options.seeds)]

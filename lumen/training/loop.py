@@ -140,7 +140,7 @@ class Run:
     def initial_state(self) -> TrainState:
         """The state of step 0, made where it lies: no device ever holds the whole of a sharded model."""
         layout = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        state = jax.jit(lambda key: self._init(key), out_shardings=layout)(jax.random.key(self.config.seed))
+        state = jax.jit(lambda key: self._init(key), out_shardings=layout)(jax.random.key(self.config.seed, impl="rbg"))
         if self.task.pretrained is None:
             return state
         model = self.task.pretrained(nnx.merge(self.graphdef, state.params, state.frozen))
