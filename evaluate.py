@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         start_processes(flags)
         run, _ = configure(flags, overrides)
         if flags.random_weights:
-            model, step = jax.jit(run.task.build)(nnx.Rngs(run.config.seed)), 0
+            model, step = run.task.build(nnx.Rngs(jax.random.key(run.config.seed, impl="rbg"))), 0
         else:
             model, step = restored_model(run, flags.workdir, flags.checkpoint)
         with jax.set_mesh(run.mesh):

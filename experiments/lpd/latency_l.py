@@ -17,6 +17,6 @@ def get_config():
         model=dict(size="l"),
         image_size=256,
         codes="workdir",
-        evaluation=dict(protocol="latency", steps=20, guidance=4.8, batches=(1,), runs=3, warmup=1),
+        evaluation=dict(protocol="latency", steps=20, guidance=4.8, batches=(1,), runs=3, warmup=0),
     )
     return config

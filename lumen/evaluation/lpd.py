@@ -162,7 +162,8 @@ def measure_latency(model: LPD, tokenizer: VQModel, key, options: EvaluationOpti
     Protocol of the paper: labels to pixels, guidance on, after a warm-up; the median of `runs`.
     "tokens" is decoding alone with orders given, "orders" their generation, "pixels" the tokenizer's decoder.
     """
-    return _times(model, tokenizer, key, options, (model.config.tokens, options.steps))
+    times = _times(model, tokenizer, key, options, (model.config.tokens, options.steps))
+    return {f"{steps}_steps": result for steps, result in times.items()}
 
 
 def _times(model, tokenizer, key, options, schedules: Sequence[int]) -> dict[int, dict[str, dict[str, float]]]:

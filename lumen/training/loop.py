@@ -292,7 +292,9 @@ def train(run: Run, workdir: pathlib.Path, *, profile_steps: int = 0) -> dict[st
                 progress.line(number, latest)
             progress.advance(latest)
             if config.monitor_every and (last or number % config.monitor_every == 0):
-                values, pictures = task.monitor(run.model(state), jax.random.fold_in(key, number))
+                monitor_key = jax.random.fold_in(key, number)
+                found = _on_process_0(run, state, lambda model, key=monitor_key: task.monitor(model, key))
+                values, pictures = found or ({}, {})
                 recorder.scalars(number, values)
                 recorder.pictures(number, pictures)
                 progress.line(number, values)
@@ -304,9 +306,22 @@ def train(run: Run, workdir: pathlib.Path, *, profile_steps: int = 0) -> dict[st
                 checkpointer.wait()
                 progress.note(f"stopped by {stop.name} after step {number}: saved; run the same command to resume")
                 break
-    if main and task.export is not None and int(state.step) == config.total_steps:
-        task.export(run.model(state), workdir)
+    export = task.export
+    if export is not None and int(state.step) == config.total_steps:
+        _on_process_0(run, state, lambda model: export(model, workdir))
     return {"step": int(state.step), **latest}
+
+
+def _on_process_0[Result](run: Run, state: TrainState, call: Callable[[Any], Result]) -> Result | None:
+    """call(the model to evaluate) on process 0. Where there are others, it gets whole arrays and one device."""
+    model = run.model(state)
+    if jax.process_count() == 1:
+        return call(model)
+    model = jax.tree.map(lambda array: multihost_utils.process_allgather(array, tiled=True), model)
+    if jax.process_index() != 0:
+        return None
+    with jax.set_mesh(make_mesh({}, jax.local_devices()[:1])):
+        return call(model)
 
 
 def _move_to(batches: Batches, position, workdir: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ from lumen.generation.lpd.schedule import group_of_rank
 from lumen.io.checkpoint import flatten
 from lumen.layers import Frozen
 from lumen.plan import count_collectives
-from lumen.sharding import batch_sharding, make_mesh
+from lumen.sharding import batch_sharding
 from lumen.training import loop
 from lumen.training.optim import OptimizerConfig
 from lumen.training.step import cast_floats, initial_state, make_train_step
@@ -94,7 +94,7 @@ def test_bfloat16_computes_and_float32_remembers():
     step, state = line_step(loss, optax.adam(1e-4), compute_dtype=jnp.bfloat16)
     for _ in range(10):
         state, metrics = step(state, jnp.ones((4, 2)), jax.random.key(0))
-    assert seen == [(jnp.bfloat16, jnp.bfloat16, jnp.int32)]
+    assert set(seen) == {(jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int32))}
     assert metrics["loss"] == 6.0  # what bfloat16 makes of 2 * (3 - 0.001)
     # The gradient is 1 throughout, so each of Adam's updates is 1e-4.
     np.testing.assert_allclose(values(state.params)["w"], 3 - 1e-3, rtol=1e-6)
@@ -217,32 +217,40 @@ def test_accumulated_parts_equal_the_whole_batch(alone):
     assert_close(*take_steps(lpd_run({}, accumulate=4)), alone)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=str)
+MESHES = [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}]
+
+
+@pytest.mark.parametrize(("mesh", "accumulate"), [*((mesh, 1) for mesh in MESHES), (MESHES[2], 4)], ids=str)
 def test_eight_devices_equal_one(alone, mesh, accumulate):
     assert_close(*take_steps(lpd_run(mesh, accumulate=accumulate)), alone)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "name", "spec", "part"),
-    [
-        ({"fsdp": 4, "tensor": 2}, "blocks.qkv", (None, "fsdp", None, "tensor"), (2, 16, 3, 1, 32)),
-        ({"fsdp": 4, "tensor": 2}, "blocks.down.kernel", (None, "tensor", "fsdp"), (2, 128, 16)),
-        ({"fsdp": 4, "tensor": 2}, "token_embedding", ("tensor", "fsdp"), (16, 16)),
-        ({"fsdp": 4, "tensor": 2}, "norm.scale", (), (64,)),
-        ({"fsdp": 8}, "blocks.up.kernel", (None, "fsdp"), (2, 8, 256)),
-        ({"data": 8}, "blocks.up.kernel", (), (2, 64, 256)),
-    ],
-)
-def test_state_is_laid_out_by_axis_names(mesh, name, spec, part):
-    """Parameters, their average and both of Adam's moments, when made; the step keeps the layout (its out_shardings)."""
-    run = lpd_run(mesh)
+# What one device holds of [2, 64, 3, 2, 32], [2, 256, 64], [32, 64] and [64], on each of the meshes.
+LAYOUTS = {
+    "blocks.qkv": [(), (None, "fsdp"), (None, "fsdp", None, "tensor")],
+    "blocks.down.kernel": [(), (None, None, "fsdp"), (None, "tensor", "fsdp")],
+    "token_embedding": [(), (None, "fsdp"), ("tensor", "fsdp")],
+    "norm.scale": [(), (), ()],
+}
+PARTS = {
+    "blocks.qkv": [(2, 64, 3, 2, 32), (2, 8, 3, 2, 32), (2, 16, 3, 1, 32)],
+    "blocks.down.kernel": [(2, 256, 64), (2, 256, 8), (2, 128, 16)],
+    "token_embedding": [(32, 64), (32, 8), (16, 16)],
+    "norm.scale": [(64,), (64,), (64,)],
+}
+
+
+@pytest.mark.parametrize("case", range(3), ids=map(str, MESHES))
+def test_state_is_laid_out_by_axis_names(case):
+    """Parameters, their average and both of Adam's moments, from the start; the step keeps the layout."""
+    run = lpd_run(MESHES[case])
     state = run.initial_state()
-    for where in ("params", "average", "opt_state.1.mu", "opt_state.1.nu"):
-        array = flatten(state._asdict())[f"{where}.{name}"]
-        assert array.sharding.is_equivalent_to(jax.NamedSharding(run.mesh, PartitionSpec(*spec)), array.ndim), where
-        assert {shard.data.shape for shard in array.addressable_shards} == {part}, where
-        assert len(array.addressable_shards) == run.mesh.size
+    for name, layouts in LAYOUTS.items():
+        for where in ("params", "average", "opt_state.1.mu", "opt_state.1.nu"):
+            array = flatten(state._asdict())[f"{where}.{name}"]
+            want = jax.NamedSharding(run.mesh, PartitionSpec(*layouts[case]))
+            assert array.sharding.is_equivalent_to(want, array.ndim), (where, name)
+            assert [shard.data.shape for shard in array.addressable_shards] == [PARTS[name][case]] * 8
     layouts = [jax.tree.map(lambda x: x.sharding, tree) for tree in (state, run.abstract_state)]
     assert jax.tree.all(jax.tree.map(lambda a, b: a == b, *layouts))
 
@@ -276,4 +284,4 @@ def test_parts_of_a_batch_stay_where_they_are():
         moved = count_collectives(run.step.lower(*arguments).compile().as_text())
     assert set(moved) == {"all-reduce"}
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
-    assert 4 * 4 * parameters <= moved["all-reduce"] < 1.02 * 4 * 4 * parameters
+    assert moved["all-reduce"] == pytest.approx(4 * 4 * parameters, rel=0.01)  # float32, four times

@@ -10,7 +10,7 @@ def get_config():
     config.total_steps = 40
     config.batch_size = 8
     config.average_decay = 0.9
-    config.optimizer = dict(learning_rate=2e-3, warmup_steps=4, weight_decay=0.01, clip_norm=1.0)
+    config.optimizer = dict(learning_rate=2e-3, schedule="constant", warmup_steps=4, weight_decay=0.01, clip_norm=1.0)
     config.log_every = 2
     config.save_every = 8
     config.vq = dict(
