@@ -27,7 +27,7 @@ train: $(VENV)/installed  ## the main job: tokenizer and LPD on handwritten digi
 	@echo; cat runs/digits/eval/comparison.md; echo; echo "pictures: runs/digits/eval/*.png"
 
 test: $(VENV)/installed lint  ## lint, types and every test that needs neither a GPU nor torch
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not parity"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not parity"
 
 lint: $(VENV)/installed  ## ruff and pyright, as CI runs them
 	$(BIN)/ruff check .

@@ -78,6 +78,8 @@ class ImageData:
         )
         if self.flip and repeat:
             transforms.append(data.random_flip)
+        # One pass is made by one process for itself; an endless stream is shared by all.
+        index, count = (None, None) if repeat else (0, 1)
         return data.make_batches(
             self.source(split),
             batch_size=batch_size,
@@ -85,6 +87,8 @@ class ImageData:
             transforms=transforms,
             repeat=repeat,
             workers=self.workers,
+            process_index=index,
+            process_count=count,
         )
 
 
@@ -136,7 +140,7 @@ class TokenizerRef:
 
 def vq_config(options: dict[str, Any]) -> VQConfig:
     """Sizes from a configuration section: {"size": "vq16" or "debug"} and whatever differs."""
-    return sized(VQConfig, {"size": "vq16", **options}, ("vq16", "debug"), "model")
+    return sized(VQConfig, {"size": "vq16", **options}, ("vq16", "debug"), "the tokenizer's model")
 
 
 def sized(kind, options: dict[str, Any], sizes: tuple[str, ...], where: str, *arguments):
