@@ -14,10 +14,12 @@ help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(VENV)/installed: requirements.lock pyproject.toml
+.venv-parity/installed: requirements-parity.lock pyproject.toml
+$(VENV)/installed .venv-parity/installed:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "lumen needs Python 3.12 or newer; this is " + sys.version)'
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet -r $<
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 train: $(VENV)/installed  ## the main job: tokenizer and LPD on handwritten digits, then evaluation (minutes)
@@ -44,10 +46,17 @@ bench: $(VENV)/installed  ## measures LPD-L on this machine, random weights: sec
 gpu: $(VENV)/installed  ## the tests that need a GPU
 	JAX_PLATFORMS= $(BIN)/python -m pytest -m gpu
 
-lock: $(VENV)/installed  ## renews requirements.lock: names and versions only
+parity: .venv-parity/installed  ## the tests against torch libraries, in an environment of their own (gigabytes)
+	.venv-parity/bin/python -m pytest -m parity
+
+COMPILE = $(BIN)/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --python-version 3.12 \
+  --python-platform x86_64-manylinux_2_31 --extra dev
+
+lock: $(VENV)/installed  ## renews the lock files: names and versions only
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --python-version 3.12 --extra dev \
-	  --output-file requirements.lock --upgrade pyproject.toml
+	$(COMPILE) --upgrade --output-file requirements.lock pyproject.toml
+	$(COMPILE) --extra parity --constraint requirements.lock --output-file requirements-parity.lock pyproject.toml
+
 
 clean:  ## removes what the targets made, runs/ apart
 	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache *.egg-info

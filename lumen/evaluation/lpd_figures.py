@@ -40,7 +40,11 @@ def decoding_order(snapshots: dict[int, dict[str, np.ndarray]], image: int = 3, 
       columns: how many stages to show.
     """
     figure, axes = plt.subplots(
-        len(snapshots), columns + 1, figsize=(1.75 * (columns + 1), 2.15 * len(snapshots)), squeeze=False
+        len(snapshots),
+        columns + 1,
+        figsize=(1.75 * (columns + 1), 2.4 * len(snapshots)),
+        squeeze=False,
+        layout="constrained",
     )
     for row, (steps, shot) in zip(axes, snapshots.items(), strict=True):
         picture, step_of_cell = shot["images"][image], shot["step_of_cell"][image]
@@ -62,7 +66,6 @@ def decoding_order(snapshots: dict[int, dict[str, np.ndarray]], image: int = 3, 
         axis.set_xticks([])
         axis.set_yticks([])
     figure.suptitle("Cells known after each step (grey: not yet; orange: decoded together in this step)", fontsize=9)
-    figure.tight_layout()
     return _pixels(figure)
 
 
