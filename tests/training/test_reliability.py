@@ -457,7 +457,7 @@ def test_without_a_checkpoint_the_error_says_so(tmp_path):
 
 def test_an_interrupt_stops_after_the_step_in_flight(tmp_path, capsys):
     before = signal.getsignal(signal.SIGINT)
-    batches = Numbers(lambda number: os.kill(os.getpid(), signal.SIGINT) if number == 5 else None)
+    batches = Numbers(lambda number: signal.raise_signal(signal.SIGINT) if number == 5 else None)
     assert loop.train(line_run(batches), tmp_path)["step"] == 5
     assert "stopped by SIGINT after step 5: saved; run the same command to resume" in capsys.readouterr().out
     assert line_bits(tmp_path)[0] == 5
@@ -466,17 +466,15 @@ def test_an_interrupt_stops_after_the_step_in_flight(tmp_path, capsys):
 
 def test_a_second_interrupt_is_not_held_back(tmp_path):
     def twice(number):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         loop.train(line_run(Numbers(twice)), tmp_path)
 
 
 def test_other_data_settings_are_refused(tmp_path):
-    loop.train(
-        line_run(Numbers(lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 5 else None)), tmp_path
-    )
+    loop.train(line_run(Numbers(lambda number: signal.raise_signal(signal.SIGTERM) if number == 5 else None)), tmp_path)
     with pytest.raises(
         loop.WorkdirError, match=r"was made with other data settings, .*: seed was 0 and is now 1\. Restore those"
     ):
