@@ -23,12 +23,12 @@ from lumen.evaluation.classifier import evaluate_samples, fit_digit_classifier
 from lumen.evaluation.fid import evaluate_generation
 from lumen.evaluation.inception import feature_extractor, load_inception
 from lumen.evaluation.latency import seconds
+from lumen.evaluation.pictures import image_grid
 from lumen.generation.lpd import LPD, Sampling, generate_codes, generate_images
 from lumen.generation.lpd.generate import Mode
 from lumen.generation.lpd.order import Kind, make_order
 from lumen.generation.lpd.schedule import group_of_rank, group_sizes
 from lumen.generation.vq import VQModel, to_uint8
-from lumen.training.metrics import image_grid
 
 Digits = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images uint8 [n, S, S, 3], labels [n]
 
@@ -179,7 +179,11 @@ def _times(model, tokenizer, key, options, schedules: Sequence[int]) -> dict[int
             given = {"group_sizes": sizes, "sampling": Sampling(guidance=guidance), "mode": _mode(sizes)}
 
             def order(keys, sizes=sizes):
-                return jax.vmap(lambda key: make_order(options.order, key, sizes, grid))(keys)
+                return jax.vmap(
+                    lambda key: make_order(
+                        options.order, key, sizes, grid, repulsion_threshold=options.repulsion_threshold
+                    )
+                )(keys)
 
             def decode(model, labels, orders, keys, given=given):
                 return generate_codes(model, labels, orders, keys, **given)

@@ -24,10 +24,10 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from lumen.io.checkpoint import Checkpointer
-from lumen.sharding import batch_sharding, make_mesh
+from lumen.sharding import batch_sharding, make_mesh, tree_shardings
 from lumen.training.metrics import Recorder
 from lumen.training.optim import OptimizerConfig, make_optimizer
-from lumen.training.step import Adjust, Loss, TrainState, initial_state, jit_step, make_train_step, state_shardings
+from lumen.training.step import Adjust, Loss, TrainState, initial_state, jit_step, make_train_step
 
 Pictures = dict[str, np.ndarray]
 
@@ -185,7 +185,7 @@ def set_up(config: TrainConfig, task: Task, devices=None) -> Run:
     )
     run = Run(config, task, mesh, graphdef, None, None)  # type: ignore[arg-type]
     shapes = jax.eval_shape(run._init, jax.random.key(0))
-    layout = state_shardings(shapes, mesh)
+    layout = tree_shardings(shapes, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
     return dataclasses.replace(run, step=jit_step(step, abstract, mesh), abstract_state=abstract)
 

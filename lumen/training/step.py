@@ -113,14 +113,9 @@ def make_train_step(
     return step
 
 
-def state_shardings(state, mesh):
-    """Shardings of a (possibly abstract) TrainState: the optimiser's moments and the average lie as the params do."""
-    return tree_shardings(state, mesh)
-
-
 def jit_step(step, abstract_state, mesh):
     """The step jitted for a mesh: state laid out by the parameters' axis names, batch over data and fsdp."""
-    layout = state_shardings(abstract_state, mesh)
+    layout = tree_shardings(abstract_state, mesh)
     return jax.jit(
         step,
         in_shardings=(layout, batch_sharding(mesh), None),

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from lumen.evaluation.classifier import fit_digit_classifier
+from lumen.evaluation.pictures import image_grid
 from lumen.generation.perceptual import LPIPS, load_lpips
 from lumen.generation.vq import (
     LossWeights,
@@ -29,7 +30,6 @@ from lumen.io.names import vq as names
 from lumen.training import data
 from lumen.training.config import ConfigError, build
 from lumen.training.loop import Pictures, Task
-from lumen.training.metrics import image_grid
 
 
 @dataclasses.dataclass(frozen=True)
