@@ -104,7 +104,9 @@ def _generator(sizes: tuple[int, ...], order: Kind, repulsion: int, guided: bool
 
 
 def _mode(sizes: tuple[int, ...]) -> Mode:
-    """Long schedules have nearly equal steps: one body is enough. Short ones compile in a few."""
+    """A body for each of a few steps; for many, a few bodies or, where nearly all steps are equal, one."""
+    if len(sizes) <= 8:
+        return "unrolled"
     return "scan" if len(sizes) > 40 else "bucketed"
 
 

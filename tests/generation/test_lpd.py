@@ -20,11 +20,12 @@ from lumen.generation.lpd import (
     resize_positions,
     training_mask,
 )
-from lumen.generation.lpd.generate import draw, filter_logits, guide
+from lumen.generation.lpd.generate import guide
 from lumen.generation.lpd.schedule import group_of_rank, group_sizes, training_schedules
 from lumen.io.names.lpd import IGNORED, RULES
 from lumen.io.pretrained import from_original, to_original
 from lumen.layers import unstack
+from lumen.sampling import draw, filter_logits
 
 MODES = ("unrolled", "scan", "bucketed")
 

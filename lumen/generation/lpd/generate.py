@@ -12,47 +12,38 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+import lumen.sampling
 from lumen.attention import attend
 from lumen.generation.lpd.model import LPD
 from lumen.generation.lpd.order import Kind, locality_order, make_order
 from lumen.generation.lpd.schedule import group_sizes as group_sizes_of
 from lumen.generation.vq import VQModel, to_uint8
 from lumen.layers import run_layers
+from lumen.sampling import draw
 from lumen.sharding import constrain
 
 Mode = Literal["unrolled", "scan", "bucketed"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a code is drawn from the logits.
-
-    Order of operations: guidance in logit space, temperature, top-k, top-p, one independent draw per token.
+class Sampling(lumen.sampling.Sampling):
+    """How a code is drawn from the logits: guidance in logit space, then as in `lumen.sampling.Sampling`.
 
     Attributes:
       guidance: classifier-free guidance scale s; logits are u + s_j (c - u). The number 1 is off and halves the work; a
         traced scalar never is, and serves many scales with one program.
       schedule: "linear": s_j = 1 + (s - 1) j / N grows with the rank j of the token; "constant": s_j = s.
-      temperature: logits are divided by it; 0 takes the most likely code.
-      top_k: keep the k largest logits (ties at the k-th are kept); 0 keeps all.
-      top_p: keep the smallest set whose probability reaches p; 1 keeps all.
     """
 
     guidance: float | jax.Array = 1.0
     schedule: Literal["linear", "constant"] = "linear"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.schedule not in ("linear", "constant"):
             raise ValueError(f"Sampling: schedule={self.schedule!r}; wanted 'linear' or 'constant'.")
-        if self.temperature < 0 or self.top_k < 0 or not 0 <= self.top_p <= 1:
-            raise ValueError(
-                f"Sampling: temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}; "
-                "wanted temperature >= 0, top_k >= 0 and top_p in [0, 1]."
-            )
 
     @property
     def guided(self) -> bool:
@@ -68,40 +59,6 @@ def guide(logits, ranks, tokens: int, sampling: Sampling):
     progress = ranks / tokens if sampling.schedule == "linear" else jnp.ones_like(ranks, jnp.float32)
     scale = (1.0 + (sampling.guidance - 1.0) * progress)[:, None]
     return unconditional + scale * (conditional - unconditional)
-
-
-def filter_logits(logits, top_k: int = 0, top_p: float = 1.0):
-    """Sets logits outside the top k and the nucleus p to -inf; [..., V] -> [..., V].
-
-    Top-p keeps the token that crosses p, so at least one remains. Which of several equal logits survives top-p is not
-    defined, as in the original.
-    """
-    if 0 < top_k < logits.shape[-1]:
-        smallest_kept = jax.lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
-    if top_p < 1.0:
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = jnp.maximum(jnp.sum(before <= top_p, axis=-1, keepdims=True), 1)
-        smallest_kept = jnp.take_along_axis(descending, kept - 1, axis=-1)
-        logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
-    return logits
-
-
-def draw(logits, keys, ranks, sampling: Sampling):
-    """One code per row: [B, G, V] logits -> [B, G] int32.
-
-    The noise depends on the image's key [B] and the token's rank [G] alone, so neither the grouping nor the batch an
-    image is generated in changes its draws.
-    """
-    if sampling.temperature == 0.0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    noise = jax.vmap(
-        lambda key: jax.vmap(lambda rank: jax.random.gumbel(jax.random.fold_in(key, rank), logits.shape[-1:]))(ranks)
-    )
-    return jnp.argmax(logits + noise(keys), axis=-1).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +175,11 @@ def generate_codes(
         # Tokens see the blocks up to their own, queries also each other; padding rows are seen by nobody.
         visible = start + previous + jnp.where(row < previous, 0, wanted)
         mask = jnp.arange(segment.slots) < visible[:, None]  # [W, S]
-        x, cache = _cached_blocks(model, x, mask, cache, start, segment.slots)
-        rows = jax.lax.dynamic_slice_in_dim(x, previous, segment.queries, axis=1)
+
+        def queries(array, axis):
+            return jax.lax.dynamic_slice_in_dim(array, previous, segment.queries, axis)
+
+        rows, cache = _cached_blocks(model, x, mask, cache, start, segment.slots, queries)
         logits = model.logits(rows)  # [B or 2B, G, V]
         first_slot = start + previous
         ranks = first_slot - 1 + jnp.arange(segment.queries)
@@ -359,17 +319,26 @@ def _class_vectors(model, labels, batch, guided):
     return jnp.stack([condition, null], axis=1).reshape(2 * batch, -1) if guided else condition
 
 
-def _cached_blocks(model, x, mask, cache, start, slots: int):
-    """All blocks over rows x [B, W, D] at cache slots start .. start + W - 1; attention reads the first `slots`."""
+def _cached_blocks(model, x, mask, cache, start, slots: int, wanted):
+    """All blocks over rows x [B, W, D] at cache slots start .. start + W - 1; attention reads the first `slots`.
 
-    def layer(carry, block, index):
+    Returns the rows [B, G, D] that `wanted` cuts out of W (it takes an array and the axis of W), and the cache.
+    """
+
+    def layer(carry, block, index, cut=lambda array, axis: array):
         x, *caches = carry
         x = constrain(x, "batch", None, None)
         q, *rows = block.heads(x)
         at = (index, 0, start, 0, 0)
         caches = [jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(caches, rows, strict=True)]
         seen = [jax.lax.dynamic_index_in_dim(array, index, keepdims=False)[:, :slots] for array in caches]
-        return block.finish(x, attend(q, *seen, mask=mask)), *caches
+        return block.finish(cut(x, 1), attend(cut(q, 1), *seen, mask=cut(mask, 0))), *caches
 
-    x, *cache = run_layers(layer, (x, *cache), model.blocks)
+    if not isinstance(model.blocks, nnx.List):
+        x, *cache = run_layers(layer, (x, *cache), model.blocks)
+        return wanted(x, 1), tuple(cache)
+    # Of the last layer, tokens need their keys and values only: half of its rows are left out.
+    *first, last = model.blocks
+    carry = run_layers(layer, (x, *cache), first)
+    x, *cache = layer(carry, last, len(first), wanted)
     return x, tuple(cache)
