@@ -16,7 +16,7 @@ def get_config():
     config = ml_collections.ConfigDict()
     config.task = "lpd"
     config.seed = 0
-    config.total_steps = 500
+    config.total_steps = 450
     config.batch_size = 32
     config.average_decay = 0.98
     config.optimizer = dict(
@@ -28,7 +28,7 @@ def get_config():
         clip_norm=3.0,
     )
     config.log_every = 50
-    config.save_every = 250
+    config.save_every = 150
     config.lpd = dict(
         model=dict(size="debug", width=512, depth=2, heads=8, classes=10, dropout=0.0),
         image_size=32,
@@ -36,6 +36,6 @@ def get_config():
         data=dict(name="digits", size=32),
         codes="workdir",
         shifts=1,
-        evaluation=dict(protocol="digits", steps=5, repulsion_threshold=1, samples=2000, batch_size=64, runs=30),
+        evaluation=dict(protocol="digits", steps=5, repulsion_threshold=1, samples=2000, batch_size=64, runs=10),
     )
     return config
