@@ -10,6 +10,7 @@ The target's own compiler does the work, and can abort the whole process: run_is
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import os
@@ -27,6 +28,9 @@ import jax
 from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 from jax.interpreters import partial_eval
+
+from lumen.io.checkpoint import named_leaves
+from pallas_kernels.aot import TARGETS
 
 FORMS = (
     "h200:8, h100:8 or a100:8 (GPUs of one host), h200:32x8 (hosts x GPUs per host), v5p:2x2x2, v5e:4x8 or v6e:4x8 "
@@ -86,7 +90,7 @@ def topology(name: str, *, lock_wait: float = 600.0) -> Topology:
         return Topology(name, Chip("simulated CPU device", memory, None, None), devices)
     find = functools.partial(topologies.get_topology_desc, name, "tpu")
     if kind not in _TPUS:
-        target = (pathlib.Path(__file__).parent / "targets" / f"{kind}.textproto").read_text()
+        target = (TARGETS / f"{kind}.textproto").read_text()
         hosts, gpus = (1, *sizes)[-2:]
         size = f"{hosts}x1x{gpus}"  # the plugin's partitions x hosts x devices; each host is a partition
         find = functools.partial(topologies.get_topology_desc, kind, "cuda", target_config=target, topology=size)
@@ -311,6 +315,7 @@ class Plan:
     devices: int
     mesh: str  # such as "fsdp=4 tensor=2"; axes of one device left out
     argument_bytes: int
+    argument_parts: dict[str, int]  # the larger ones of them, by the first two parts of their names: "model.blocks"
     output_bytes: int | None
     alias_bytes: int | None  # the part of the outputs that lies in donated arguments
     temporary_bytes: int | None
@@ -384,6 +389,7 @@ def compile_plan(jitted, *args, topology: Topology, mesh: jax.sharding.Mesh) -> 
         devices=mesh.size,
         mesh=" ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "no split",
         argument_bytes=argument,
+        argument_parts=_parts(jitted, args),
         output_bytes=output,
         alias_bytes=alias,
         temporary_bytes=temporary,
@@ -403,11 +409,22 @@ def compile_plan(jitted, *args, topology: Topology, mesh: jax.sharding.Mesh) -> 
     )
 
 
+def _parts(jitted, args) -> dict[str, int]:
+    """Bytes per device of the parts of the arguments, those under a thousandth of the whole left out."""
+    parts: Counter[str] = Counter()
+    for argument, tree in zip(inspect.signature(jitted).parameters, args, strict=False):
+        for name, leaf, _ in named_leaves(tree):
+            shape = leaf.shape if getattr(leaf, "sharding", None) is None else leaf.sharding.shard_shape(leaf.shape)
+            parts[".".join((argument, *name.split(".")[:1])).rstrip(".")] += math.prod(shape) * leaf.dtype.itemsize
+    return {name: size for name, size in parts.items() if 1000 * size >= parts.total()}
+
+
 def format_plan(plan: Plan) -> str:
     """The plan as a table for people."""
     share = plan.matmul_flops / max(plan.flops, 1)
     rows = {
         "arguments": _size(plan.argument_bytes),
+        **{f"  {name}": _size(size) for name, size in plan.argument_parts.items()},
         "outputs": f"{_size(plan.output_bytes)}, {_size(plan.alias_bytes)} of them in donated arguments",
         "temporaries, code": f"{_size(plan.temporary_bytes)}, {_size(plan.code_bytes)}",
         "peak": f"{_size(plan.peak_bytes)} of {_size(plan.capacity_bytes)}",

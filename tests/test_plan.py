@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from lumen import plan
+from pallas_kernels.aot import TARGETS
 
 # --- FLOPs: closed forms.
 
@@ -278,7 +279,7 @@ def test_too_few_simulated_devices_say_how_to_get_them():
 
 @pytest.mark.parametrize("gpu", ["h200", "h100", "a100"])
 def test_gpu_targets_agree_with_the_chip_table(gpu):
-    target = (plan.pathlib.Path(plan.__file__).parent / "targets" / f"{gpu}.textproto").read_text()
+    target = (TARGETS / f"{gpu}.textproto").read_text()
     value = {key: int(re.findall(rf"{key}: (\d+)", target)[0]) for key in ("device_memory_size", "memory_bandwidth")}
     assert value["device_memory_size"] == plan.CHIPS[gpu].memory_bytes
     # A data sheet rounds the bandwidth to three digits.
@@ -396,6 +397,7 @@ def test_a_small_step_fits(compiled, name):
     assert small["mesh"] == "fsdp=4 tensor=2"
     # Per device: an eighth of float32 parameters and momentum, a quarter of the bfloat16 rows.
     assert small["argument_bytes"] == 2 * weights * 4 // 8 + ROWS * WIDTH * 2 // 4
+    assert sum(small["argument_parts"].values()) == small["argument_bytes"]
     assert small["alias_bytes"] == 2 * weights * 4 // 8
     assert (
         small["peak_bytes"]

@@ -220,8 +220,8 @@ def evaluate_digits(
 
     Returns:
       Metrics: "guidance"; "schedules": for the parallel and the one-token schedule quality and times; "orders": for
-      locality and random order at the parallel schedule, mean and standard deviation over seeds, of half as many samples. Pictures: "samples",
-      "decoding_order", "comparison".
+      locality and random order at the parallel schedule, mean and standard deviation over seeds, from half as many
+      samples each. Pictures: "samples", "decoding_order", "comparison".
     """
     from lumen.evaluation import lpd_figures  # needs matplotlib, of the `examples` extra
 

@@ -6,6 +6,8 @@
     ]
 
 A table is read in both directions: `load` and `save` for files, `from_original` and `to_original` for arrays in memory.
+`read` and `write_folder` are the files alone, without a table: one tensor at a time, so that a large model is in memory
+once.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +30,6 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lumen.io.checkpoint import named_leaves, wanted_sharding
 
@@ -98,14 +100,12 @@ def save(path: str | os.PathLike, model: nnx.Module, rules: Sequence[Rule]) -> N
       OSError: if the file cannot be written; what was at `path` before is left as it was.
     """
     path = pathlib.Path(path)
-    tensors = to_original(model, rules)
+    tensors = original_views(model, rules)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
+        _write_safetensors(unfinished, _header(tensors), tensors)
         os.replace(unfinished, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(f"save: cannot write {path}: {error}; free some space or choose another path.") from error
     finally:
         with contextlib.suppress(OSError):
@@ -188,6 +188,16 @@ def to_original(model: nnx.Module, rules: Sequence[Rule]) -> dict[str, np.ndarra
     Returns:
       {published name: array in the model's dtype, C order}, names sorted.
     Raises:
+      ValueError: as in `original_views`.
+    """
+    # order="C": safetensors writes the memory of a transposed view as it lies, without a word.
+    return {name: np.array(view, order="C") for name, view in original_views(model, rules).items()}
+
+
+def original_views(model: nnx.Module, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
+    """`to_original` without the copy: transposed views of the model's arrays, where those are in host memory.
+
+    Raises:
       ValueError: listing every parameter that no rule covers or that is abstract; or for a table that contradicts
         itself.
     """
@@ -211,11 +221,16 @@ def to_original(model: nnx.Module, rules: Sequence[Rule]) -> dict[str, np.ndarra
             + "\nComplete the table of rules, and give the model its weights first."
         )
     arrays = {name: np.asarray(leaf) for name, leaf, _ in leaves if name in covered}
-    # order="C": safetensors writes the memory of a transposed view as it lies, without a word.
-    return {
-        name: np.array(_to_theirs(arrays[slot.ours][slot.index], slot.axes), order="C")
-        for name, slot in sorted(slots.items())
-    }
+    return {name: _to_theirs(arrays[slot.ours][slot.index], slot.axes) for name, slot in sorted(slots.items())}
+
+
+def published_names(model: nnx.Module, rules: Sequence[Rule]) -> dict[str, str]:
+    """{published name: dotted name of our parameter} of every tensor that a model, or an abstract one, is filled from.
+
+    Raises:
+      ValueError: for a table that contradicts itself.
+    """
+    return {name: slot.ours for name, slot in _slots(named_leaves(model), rules).items()}
 
 
 def _slots(leaves: Iterable[tuple[str, Any, Any]], rules: Sequence[Rule]) -> dict[str, _Slot]:
@@ -365,18 +380,104 @@ def _to_theirs(array: np.ndarray, axes: str) -> np.ndarray:
 
 # Files.
 
+_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_RANKS = {code: rank for rank, code in enumerate(_DTYPES)}  # safetensors writes later ones first
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a published file or directory under their published names; see `load` for the kinds of path."""
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which tensor lies where in the .safetensors files of a folder.
+
+    Attributes:
+      headers: {file name: the JSON at its beginning}.
+      index: contents of model.safetensors.index.json, or None where one file holds everything.
+    """
+
+    headers: Mapping[str, bytes]
+    index: bytes | None = None
+
+    def fits(self, tensors: Mapping[str, np.ndarray]) -> bool:
+        """Whether it is a layout of just these names, shapes and dtypes."""
+        listed = {}
+        for header in self.headers.values():
+            listed |= {name: (entry["dtype"], entry["shape"]) for name, entry in _entries(header).items()}
+        return listed == {name: (_CODES[array.dtype], list(array.shape)) for name, array in tensors.items()}
+
+
+class Safetensors(Mapping[str, np.ndarray]):
+    """The tensors of one or several .safetensors files, each read from the disk when it is asked for.
+
+    Attributes:
+      layout: for `write_folder`, to write the same files again.
+      dtypes: {name: dtype}.
+    """
+
+    def __init__(self, paths: Sequence[pathlib.Path], index: bytes | None = None):
+        headers, self.dtypes, self._files = {}, {}, {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="np")
+            except SafetensorError as error:
+                raise _unreadable(path, error) from error
+            with open(path, "rb") as start:  # which safetensors has just found to be sound
+                headers[path.name] = start.read(int.from_bytes(start.read(8), "little"))
+            for name, entry in _entries(headers[path.name]).items():
+                if entry["dtype"] not in _DTYPES:
+                    raise ValueError(
+                        f"load: {path}: {name} is of dtype {entry['dtype']}; wanted one of {', '.join(_DTYPES)}; "
+                        "convert it to bfloat16."
+                    )
+                self.dtypes[name] = _DTYPES[entry["dtype"]]
+                self._files[name] = file
+        self.layout = Layout(headers, index)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self):
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def read(path: str | os.PathLike) -> Mapping[str, np.ndarray]:
+    """The tensors of a published file or directory under their published names; see `load` for the kinds of path.
+
+    Those of .safetensors files come as `Safetensors`.
+    """
     path = pathlib.Path(path)
-    readers = {".safetensors": _read_safetensors, ".npz": _read_npz, ".pt": _read_torch, ".pth": _read_torch}
+    readers = {
+        ".safetensors": lambda path: Safetensors([path]),
+        ".npz": _read_npz,
+        ".pt": _read_torch,
+        ".pth": _read_torch,
+    }
     if path.is_dir():
-        index = path / "model.safetensors.index.json"
+        index = path / _INDEX
         if index.exists():
             return _read_shards(index)
-        path = path / "model.safetensors"
+        path = path / _WEIGHTS
         if not path.exists():
-            raise FileNotFoundError(f"load: {path.parent} holds neither model.safetensors nor {index.name}.")
+            raise FileNotFoundError(f"load: {path.parent} holds neither {_WEIGHTS} nor {_INDEX}.")
     if path.suffix not in readers:
         raise ValueError(f"load: {path} ends in '{path.suffix}'; wanted a directory or one of {', '.join(readers)}.")
     if not path.exists():
@@ -384,24 +485,121 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return readers[path.suffix](path)
 
 
+def write_folder(
+    path: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    files: Mapping[str, bytes],
+    *,
+    layout: Layout | None = None,
+    shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Writes a published folder: weights in one .safetensors file or in shards with their index, and other files.
+
+    The same arguments always give the same bytes. The folder appears whole or not at all: it is written beside its
+    place and renamed.
+
+    Args:
+      path: the folder to make. There may be an empty one.
+      tensors: {published name: array}, in the order in which they are dealt to the shards.
+      files: {file name: contents}.
+      layout: of `Safetensors`; where it fits the tensors the files are laid out, and named, as they were.
+      shard_bytes: else, how much one file may hold; a larger tensor has a file of its own.
+      overwrite: replace a folder that is not empty, if it holds one of the same kind: something called config.json.
+    Raises:
+      FileExistsError: if there is something at `path`.
+      OSError: if the folder cannot be written; what was at `path` before is left as it was.
+    """
+    path = pathlib.Path(path).absolute()
+    occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if occupied and not overwrite:
+        raise FileExistsError(f"save: {path} exists; choose another folder, empty it, or ask to overwrite it.")
+    if occupied and not (path / "config.json").exists():
+        raise FileExistsError(
+            f"save: {path} has no config.json in it, so it is not overwritten; choose another folder."
+        )
+    if layout is None or not layout.fits(tensors):
+        layout = _deal(tensors, shard_bytes)
+    unfinished, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{state}") for state in ("tmp", "old"))
+    try:
+        unfinished.mkdir(parents=True)
+        for name, contents in {**files, **({} if layout.index is None else {_INDEX: layout.index})}.items():
+            with open(unfinished / name, "wb") as file:
+                file.write(contents)
+                file.flush()
+                os.fsync(file.fileno())
+        for name, header in layout.headers.items():
+            _write_safetensors(unfinished / name, header, tensors)
+        try:
+            if occupied:
+                os.replace(path, replaced)
+            os.replace(unfinished, path)
+        except BaseException:
+            if replaced.exists() and not path.exists():
+                os.replace(replaced, path)
+            raise
+    except OSError as error:
+        raise OSError(f"save: cannot write {path}: {error}; free some space or choose another folder.") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _entries(header: bytes) -> dict[str, dict[str, Any]]:
+    """The tensors that the header of a .safetensors file lists."""
+    return {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+
+
+def _header(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """The header that the safetensors library writes for these tensors with the metadata {"format": "pt"}."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, array in sorted(tensors.items(), key=lambda item: (-_RANKS[_CODES[item[1].dtype]], item[0])):
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _write_safetensors(path: pathlib.Path, header: bytes, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes the tensors of a header, one copied at a time."""
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in sorted(entries := _entries(header), key=lambda name: entries[name]["data_offsets"]):
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _deal(tensors: Mapping[str, np.ndarray], shard_bytes: int) -> Layout:
+    """Deals tensors to shards in the order they come."""
+    shards, room = [], -1
+    for name, array in tensors.items():
+        if array.nbytes > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = array
+        room -= array.nbytes
+    if len(shards) == 1:
+        return Layout({_WEIGHTS: _header(tensors)})
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    index = {
+        "metadata": {"total_size": sum(array.nbytes for array in tensors.values())},
+        "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+    }
+    headers = {file: _header(shard) for file, shard in zip(names, shards, strict=True)}
+    return Layout(headers, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+
+
 def _unreadable(path: pathlib.Path, cause: object) -> ValueError:
     size = path.stat().st_size
     return ValueError(f"load: {path} ({size} bytes) cannot be read: {cause}; the file is damaged: get it again.")
 
 
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_shards(index: pathlib.Path) -> Safetensors:
+    text = index.read_bytes()
     try:
-        with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise _unreadable(path, error) from error
-    except AttributeError as error:  # safetensors asks NumPy for a dtype it lacks, such as float8
-        raise ValueError(f"load: {path} holds a dtype that NumPy lacks: {error}; convert it to bfloat16.") from error
-
-
-def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
-    try:
-        shard_of = json.loads(index.read_text())["weight_map"]
+        shard_of = json.loads(text)["weight_map"]
         shards = sorted(set(shard_of.values()))
         # A name with a folder in it could point outside the directory.
         if outside := [shard for shard in shards if pathlib.PurePath(shard).name != shard]:
@@ -412,15 +610,14 @@ def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(
             f"load: {index} names {len(shards)} shards, of which {', '.join(absent)} are missing; get them again."
         )
-    tensors = {}
-    for shard in shards:
-        held = _read_safetensors(index.parent / shard)
+    tensors = Safetensors([index.parent / shard for shard in shards], text)
+    for shard, header in tensors.layout.headers.items():
         listed = {name for name, file in shard_of.items() if file == shard}
-        if listed != held.keys():
+        if listed != _entries(header).keys():
             raise ValueError(
-                f"load: {index} and {shard} disagree about {sorted(listed ^ held.keys())}; get both files again."
+                f"load: {index} and {shard} disagree about {sorted(listed ^ _entries(header).keys())}; "
+                "get both files again."
             )
-        tensors |= held
     return tensors
 
 

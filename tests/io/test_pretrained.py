@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
+import weakref
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from lumen.io.pretrained import Rule, from_original, load, save, to_original
+from lumen.io.pretrained import Rule, from_original, load, read, save, to_original, write_folder
 
 D, N, H, LAYERS = 4, 2, 3, 2
 
@@ -285,15 +287,126 @@ def test_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"old")
 
-    def full(tensors, filename, metadata):
+    def full(filename, header, tensors):
         filename.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lumen.io.pretrained.save_file", full)
+    monkeypatch.setattr("lumen.io.pretrained._write_safetensors", full)
     with pytest.raises(OSError, match=r"cannot write .*model\.safetensors: .*No space left on device"):
         save(path, model, RULES)
     assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def every_dtype():
+    rng = np.random.default_rng(0)
+    dtypes = (np.bool_, np.uint8, np.int8, np.int16, np.uint16, np.float16, ml_dtypes.bfloat16)
+    dtypes += (np.int32, np.uint32, np.float32, np.float64, np.int64, np.uint64)
+    return {f"{'zyx'[i % 3]}.{i}": rng.integers(0, 2, (i, 3)).astype(dtype) for i, dtype in enumerate(dtypes)}
+
+
+def test_files_are_those_of_the_library(tmp_path):
+    tensors = every_dtype() | {"scalar": np.float32(3.5), "ünïcode": np.arange(3)[::-1]}
+    write_folder(tmp_path / "ours", tensors, {})
+    contiguous = {name: np.ascontiguousarray(tensor).reshape(np.shape(tensor)) for name, tensor in tensors.items()}
+    save_file(contiguous, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours" / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert_same(dict(read(tmp_path / "ours")), contiguous)
+
+
+def test_shards_hold_so_much_and_are_written_again_alike(tmp_path):
+    tensors = {f"t{i}": np.full((10,), i, np.float32) for i in range(6)} | {"large": np.zeros(50, np.float32)}
+    write_folder(tmp_path / "a", tensors, {"config.json": b"{ }"}, shard_bytes=100)
+    shards = sorted(tmp_path.glob("a/model-0000?-of-00004.safetensors"))
+    assert [sorted(load_file(shard)) for shard in shards] == [["t0", "t1"], ["t2", "t3"], ["t4", "t5"], ["large"]]
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 6 * 40 + 200}
+    assert index["weight_map"]["large"] == "model-00004-of-00004.safetensors"
+    got = read(tmp_path / "a")
+    assert_same(dict(got), tensors)
+
+    # Its own layout, whatever the size asked for; another tensor has another.
+    write_folder(tmp_path / "b", got, {"config.json": b"{ }"}, layout=got.layout)
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+    write_folder(tmp_path / "c", {**got, "t0": np.zeros(3, np.float32)}, {}, layout=got.layout)
+    assert list(contents(tmp_path / "c")) == ["model.safetensors"]
+
+
+def test_foreign_headers_are_kept(tmp_path):
+    """Order, padding and metadata that this library would write otherwise."""
+    header = b'{"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]},"__metadata__":{"z":"1","format":"pt"}, '
+    header += b'"a":{"dtype":"I32","shape":[],"data_offsets":[0,4]}}   '
+    (tmp_path / "a").mkdir()
+    values = np.float32(2).tobytes() + np.float32(3).tobytes()
+    (tmp_path / "a" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + values)
+    tensors = read(tmp_path / "a")
+    assert tensors["b"] == 3
+    write_folder(tmp_path / "b", tensors, {}, layout=tensors.layout)
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_occupied_folders(tmp_path):
+    tensors, folder = {"w": np.ones(2, np.float32)}, tmp_path / "model"
+    folder.mkdir()
+    write_folder(folder, tensors, {"config.json": b"1"})  # an empty one is in nobody's way
+    with pytest.raises(FileExistsError, match=r"model exists; choose another folder, empty it"):
+        write_folder(folder, tensors, {})
+    write_folder(folder, tensors, {"more": b"2"}, overwrite=True)
+    assert set(contents(folder)) == {"model.safetensors", "more"}
+    with pytest.raises(FileExistsError, match=r"has no config\.json in it, so it is not overwritten"):
+        write_folder(folder, tensors, {}, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_failed_folder_leaves_what_was_there(tmp_path, monkeypatch):
+    tensors, folder = {"w": np.ones(2, np.float32)}, tmp_path / "model"
+    write_folder(folder, tensors, {"config.json": b"1"})
+    before = contents(folder)
+    replace = os.replace
+
+    def refuse(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("lumen.io.pretrained.os.replace", refuse)
+    for target, overwrite in ((folder, True), (tmp_path / "new", False)):
+        with pytest.raises(OSError, match=r"cannot write .*: .*No space left on device"):
+            write_folder(target, tensors, {}, overwrite=overwrite)
+    assert contents(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_tensors_are_read_when_asked_for(tmp_path, monkeypatch):
+    """So a model is in memory once while it is filled, not beside all of its file."""
+    rules = [Rule("w.{layer}", "weight")]
+    write_folder(tmp_path / "a", {f"w.{i}": np.full(3, i, np.float32) for i in range(4)}, {})
+    tensors = read(tmp_path / "a")
+    held, most = [], []
+    get = type(tensors).__getitem__
+
+    def counted(self, name):
+        tensor = get(self, name)
+        held.append(weakref.ref(tensor))
+        most.append(sum(reference() is not None for reference in held))
+        return tensor
+
+    monkeypatch.setattr(type(tensors), "__getitem__", counted)
+    model = from_original(tensors, Weight(jnp.zeros((4, 3))), rules)
+    np.testing.assert_array_equal(model.weight.get_value()[:, 0], range(4))
+    assert len(held) == 4
+    assert max(most) <= 2  # the one before lives until its name is bound anew
+
+
+def test_dtype_that_numpy_lacks(tmp_path):
+    header = b'{"w":{"dtype":"F8_E4M3","shape":[8],"data_offsets":[0,8]}}  '
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match=r"w is of dtype F8_E4M3; wanted one of BOOL, U8"):
+        read(tmp_path / "w.safetensors")
 
 
 def write_shards(folder):

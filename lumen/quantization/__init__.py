@@ -1,0 +1,1 @@
+"""Post-training quantisation: calibration, search and packing of weights."""

@@ -1,0 +1,101 @@
+"""Calibration: the tokens a quantiser looks at, and what it keeps of a block's inputs.
+
+Source: AWQ, arXiv:2306.00978; mit-han-lab/llm-awq awq/utils/calib_data.py.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def calibration_tokens(
+    texts: Iterable[str], encode: Callable[[str], Sequence[int]], *, texts_used: int = 128, length: int = 512
+) -> np.ndarray:
+    """Cuts texts into blocks of tokens, as AWQ does.
+
+    Texts are stripped and tokenised; those that are empty or of more than `length` tokens are passed over; the tokens
+    of the first `texts_used` others are joined and cut into blocks of `length`, and the tail is dropped. Texts are read
+    no further than needed.
+
+    Args:
+      texts: in the order to be tried; the original shuffles its corpus, with seed 42.
+      encode: text -> tokens, without special tokens.
+      texts_used: how many texts to join.
+      length: T.
+
+    Returns:
+      [S, T] int32.
+
+    Raises:
+      ValueError: if what was accepted is less than one block.
+    """
+    joined, used, tried = [], 0, 0
+    for text in texts:
+        tried += 1
+        tokens = encode(text.strip())
+        if 0 < len(tokens) <= length:
+            joined.extend(tokens)
+            used += 1
+        if used == texts_used:
+            break
+    if len(joined) < length:
+        raise ValueError(
+            f"calibration_tokens: {used} of {tried} texts have 1 to {length} tokens, {len(joined)} together, less than "
+            f"one block of {length}; give more or shorter texts, or a smaller length."
+        )
+    blocks = len(joined) // length
+    return np.asarray(joined[: blocks * length], np.int32).reshape(blocks, length)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InputStatistics:
+    """What is kept of one input of a block over all calibration tokens; its size does not depend on their number.
+
+    Attributes:
+      mean_abs: [D] float32, mean of |x| per channel.
+      rows: [R, D] float32, every max(1, tokens // 512)-th token: 512 to 1023 of them, or all if there are fewer.
+    """
+
+    mean_abs: Any
+    rows: Any
+
+
+def input_statistics(
+    inputs: Callable[[Any], dict[str, Any]], x, *, sequences: int, rows: int = 512
+) -> dict[str, InputStatistics]:
+    """Runs a block over micro-batches and gathers statistics of what enters its weights. To be called under jit.
+
+    Args:
+      inputs: one micro-batch [M, T, D] -> {name: what enters some weights [M, T, ...]}.
+      x: [N, M, T, D], N micro-batches of M sequences.
+      sequences: S <= N M; those after the first S are padding and do not count.
+      rows: how many rows to keep at least; see `InputStatistics`.
+    """
+    batches, per_batch, length = x.shape[:3]
+    total = sequences * length
+    step = max(1, total // rows)
+    kept = -(-total // step)
+    empty = {
+        name: InputStatistics(jnp.zeros(like.shape[-1]), jnp.zeros((kept, like.shape[-1])))
+        for name, like in jax.eval_shape(inputs, x[0]).items()
+    }
+
+    def gather(found, batch):
+        x, index = batch
+        token = index * per_batch * length + jnp.arange(per_batch * length)
+        slot = jnp.where((token < total) & (token % step == 0), token // step, kept)  # `kept` is dropped
+        new = {}
+        for name, value in inputs(x).items():
+            value = value.reshape(-1, value.shape[-1]).astype(jnp.float32)
+            sums = jnp.where((token < total)[:, None], jnp.abs(value), 0.0).sum(0)
+            new[name] = InputStatistics(
+                found[name].mean_abs + sums / total, found[name].rows.at[slot].set(value, mode="drop")
+            )
+        return new, None
+
+    return jax.lax.scan(gather, empty, (x, jnp.arange(batches)))[0]
