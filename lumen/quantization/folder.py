@@ -57,7 +57,8 @@ def quantize_folder(
             f"quantize: layout {layout!r} holds 4-bit codes and bits={config.bits}; use 4 bits, or layout 'dense', "
             "which holds the rounded weights in 16 bits."
         )
-    model, folder = pretrained.load(source)
+    # A CPU has no float16 attention.
+    model, folder = pretrained.load(source, dtype=jnp.float32 if jax.default_backend() == "cpu" else None)
     if folder.quantization is not None:
         raise ValueError(f"quantize: {source} is quantised already; start from the weights in full precision.")
     finished = target.with_name(f".{target.name}.unfinished")
