@@ -165,6 +165,9 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     """What every quantising command wants to know."""
     parser.add_argument("--calibration", required=True, metavar="FILE", help=".jsonl with 'text', or any text file")
     parser.add_argument("--texts", type=int, default=128, metavar="N", help="texts used for calibration; default 128")
+    parser.add_argument(
+        "--windows", type=int, metavar="N", help="instead: N sequences from all over the text, for long documents"
+    )
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens per sequence; default 512")
     parser.add_argument("--group-size", type=int, default=128, metavar="G", help="32, 64, 128 or -1: a whole row")
     parser.add_argument("--parity", choices=("autoawq", "llm-awq"), default="autoawq", help="which original to follow")
@@ -172,12 +175,13 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibration_tokens(flags: argparse.Namespace, tokenizer):
-    from lumen.io.text import passages
-    from lumen.quantization.calibrate import calibration_tokens
+    from lumen.io.text import documents, passages
+    from lumen.quantization.calibrate import calibration_tokens, calibration_windows
 
-    return calibration_tokens(
-        passages(flags.calibration), tokenizer.encode, texts_used=flags.texts, length=flags.length
-    )
+    encode, length = tokenizer.encode, flags.length
+    if flags.windows is not None:
+        return calibration_windows(documents(flags.calibration), encode, windows=flags.windows, length=length)
+    return calibration_tokens(passages(flags.calibration), encode, texts_used=flags.texts, length=length)
 
 
 def _quantize_awq(flags: argparse.Namespace) -> int:

@@ -51,6 +51,26 @@ def calibration_tokens(
     return np.asarray(joined[: blocks * length], np.int32).reshape(blocks, length)
 
 
+def calibration_windows(
+    texts: Iterable[str], encode: Callable[[str], Sequence[int]], *, windows: int, length: int
+) -> np.ndarray:
+    """Sequences [windows, length] int32 from all over a corpus: its tokens one after the other, cut at even spaces.
+
+    For corpora of long documents, which `calibration_tokens` would pass over.
+
+    Raises:
+      ValueError: if all texts together are shorter than one window.
+    """
+    stream = np.concatenate([np.zeros(0, np.int32), *(np.asarray(encode(text), np.int32) for text in texts)])
+    if len(stream) < length or windows < 1:
+        raise ValueError(
+            f"calibration_windows: the texts have {len(stream)} tokens; wanted at least one window of {length}, and "
+            f"windows={windows} to be 1 or more."
+        )
+    starts = np.linspace(0, len(stream) - length, windows).astype(int)
+    return np.stack([stream[start : start + length] for start in starts])
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InputStatistics:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lumen.quantization.calibrate import calibration_tokens, input_statistics
+from lumen.quantization.calibrate import calibration_tokens, calibration_windows, input_statistics
 
 
 def encode(text):
@@ -33,6 +33,18 @@ def test_reads_no_further_than_needed():
 def test_refuses_too_little(texts):
     with pytest.raises(ValueError, match="less than one block of 3; give more or shorter texts"):
         calibration_tokens(texts, encode, length=3)
+
+
+def test_windows_are_spread_evenly_over_all_texts():
+    texts = ["0 1 2 3", "", "4 5 6 7 8 9"]
+    np.testing.assert_array_equal(calibration_windows(texts, encode, windows=3, length=2), [[0, 1], [4, 5], [8, 9]])
+    np.testing.assert_array_equal(calibration_windows(texts, encode, windows=1, length=10), [range(10)])
+
+
+@pytest.mark.parametrize(("windows", "length"), [(1, 11), (0, 2)])
+def test_windows_that_cannot_be_cut_are_refused(windows, length):
+    with pytest.raises(ValueError, match=f"wanted at least one window of {length}, and windows={windows}"):
+        calibration_windows(["0 1 2 3 4", "5 6 7 8 9"], encode, windows=windows, length=length)
 
 
 @pytest.mark.parametrize("sequences", [8, 7])  # the last may be padding

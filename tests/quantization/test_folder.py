@@ -97,6 +97,7 @@ def test_a_run_that_was_cut_off_goes_on_and_gives_the_same(root, monkeypatch, ca
         (["--group-size", "128"], r"blocks.query has 64 input channels, not a multiple of group=128"),
         (["--group-size", "48"], r"group=48; wanted one of 32, 64, 128, -1"),
         (["--length", "100000"], r"less than one block of 100000"),
+        (["--length", "100000", "--windows", "4"], r"wanted at least one window of 100000"),
         (["--calibration", "nowhere.txt"], r"nowhere.txt: no such text"),
         (["--model", "nowhere"], r"nowhere"),
     ],
@@ -129,6 +130,7 @@ def test_perplexity_command(root, capsys):
 def test_comparison_command(root, capsys):
     model, text = str(root / "model"), str(root / "text.txt")
     measured = ["--calibration", text, "--text", text, "--length", "32", "--group-size", "32", "--block", "32"]
+    measured += ["--windows", "6"]
     assert cli.main(["evaluate", "quantization", "--model", model, *measured, "--blocks", "4", "--bits", "4"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "| model | full | int4 rtn | int4 awq |"
