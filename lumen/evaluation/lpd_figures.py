@@ -65,6 +65,7 @@ def decoding_order(snapshots: dict[int, dict[str, np.ndarray]], image: int = 3, 
     for axis in axes.ravel():
         axis.set_xticks([])
         axis.set_yticks([])
+        axis.set_visible(axis.has_data())  # fewer steps than columns
     figure.suptitle("Cells known after each step (grey: not yet; orange: decoded together in this step)", fontsize=9)
     return _pixels(figure)
 
