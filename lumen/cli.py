@@ -134,7 +134,7 @@ Writes a folder that transformers and lumen read, with report.md and report.png 
 that was cut off is resumed by the same command. python_sources/train is a calibration text that is always there.
 
   lumen quantize awq --model Qwen2.5-0.5B --calibration pile-val.jsonl --out Qwen2.5-0.5B-AWQ
-  lumen quantize awq --model runs/lm/model --calibration python_sources/train --group-size 64 --out /tmp/lm-awq
+  lumen quantize awq --model runs/lm/model --calibration python_sources/train --group-size 64 --out runs/lm-awq
 """
 
 
