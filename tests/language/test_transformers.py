@@ -31,7 +31,8 @@ def model(request):
 
 
 def transformers_logits(path, tokens, **options):
-    torch = pytest.importorskip("torch")
+    import torch
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers
@@ -46,7 +47,8 @@ def our_logits(model, tokens):
 
 
 def test_a_dense_folder_has_equal_logits_and_greedy_text(model, tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     save(tmp_path / "model", model)
     tokens = np.random.default_rng(0).integers(0, 128, (2, 24))
     loaded, want = transformers_logits(tmp_path / "model", tokens, dtype=torch.float32)
@@ -61,7 +63,8 @@ def test_a_dense_folder_has_equal_logits_and_greedy_text(model, tmp_path):
 
 
 def test_a_gemm_folder_of_lumen_loads_in_transformers(model, tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     tokens = np.random.default_rng(0).integers(0, 128, (4, 32)).astype(np.int32)
     quantized, _ = quantize_decoder(model, tokens, AWQConfig(group=64), progress=False)
     quantized = jax.tree.map(lambda x: x.astype(np.float16) if x.dtype == np.float32 else x, quantized)
