@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lumen.attention import attend, attend_in_blocks
-from lumen.kv_cache import DenseCache
+from lumen.attention import Full, Mask, Streaming, attend, attend_parts
+from lumen.kv_cache import Cache, DenseCache, MixedCache, StreamingHeads
 from lumen.layers import run_layers
 from lumen.rope import RopeConfig, rotary_tables, rotate
 from lumen.sharding import constrain
@@ -32,6 +32,7 @@ class DecoderConfig:
       qkv_bias: whether query, key and value have biases (Qwen2).
       tied: whether the head is the embedding, transposed.
       max_positions: context length of the published model; nothing here depends on it.
+      streaming: which heads see attention sinks and recent tokens only; None: none. Its layers are a list.
     """
 
     width: int
@@ -46,12 +47,17 @@ class DecoderConfig:
     qkv_bias: bool = False
     tied: bool = False
     max_positions: int = 4096
+    streaming: StreamingHeads | None = None
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
             raise ValueError(f"DecoderConfig: heads={self.heads} is not a multiple of kv_heads={self.kv_heads}.")
         if self.head_dim % 2:
             raise ValueError(f"DecoderConfig: head_dim={self.head_dim} is odd; rotation works on pairs.")
+        if self.streaming and len(self.streaming.dense) != self.depth:
+            raise ValueError(
+                f"DecoderConfig: {self.streaming} is for {len(self.streaming.dense)} of {self.depth} layers."
+            )
 
     @classmethod
     def llama3_8b(cls, **changes):
@@ -140,7 +146,7 @@ class Block(nnx.Module):
         Args:
           x: [B, T, D].
           tables: of `rotary_tables` at the rows' positions.
-          mask: boolean, as `attend` takes it.
+          mask: as `attend` takes it.
           record: called with what enters the weights: "attention" (query, key and value), "output", "mlp" (gate and
             up) and "down", each [B, T, ...]. For calibration.
 
@@ -197,7 +203,8 @@ class Decoder(nnx.Module):
         *,
         positions=None,
         segments=None,
-        cache: DenseCache | None = None,
+        mask: Mask | None = None,
+        cache: Cache | None = None,
         remat: bool = False,
     ):
         """Final hidden rows, after the last norm.
@@ -206,7 +213,9 @@ class Decoder(nnx.Module):
           tokens: [B, T] int32.
           positions: [T] or [B, T] int32; by default they count from 0, or from where the cache ends.
           segments: [B, T] int32, the sample each token belongs to; tokens see only their own sample. For samples packed
-            into one row, and for padding (a segment of its own). Without a cache only.
+            into one row one after the other, and for padding (a segment of its own). Without a cache only.
+          mask: what the heads of every layer see; None for causal attention, in which streaming heads see what they
+            will see one token at a time. Without a cache only, which knows itself.
           cache: what came before; the new tokens are written into it and see it.
           remat: recompute each block's activations in the backward pass.
 
@@ -218,47 +227,59 @@ class Decoder(nnx.Module):
         if cache is None:
             if positions is None:
                 positions = jnp.arange(count, dtype=jnp.int32)
-            mask = jnp.tril(jnp.ones((count, count), bool))
+            mask = mask or Mask()
             if segments is not None:
-                mask = (mask & (segments[:, :, None] == segments[:, None, :]))[:, None]  # [B, 1, T, T]
+                mask = dataclasses.replace(mask, segments=segments)
             tables = self.tables(positions)
+            seen = None if self.config.streaming else mask.ranges(count, count)
 
             def layer(x, block, index):
-                del index
-                return block(constrain(x, "batch", None, None), tables, mask)
+                ranges = seen or self._streaming_mask(mask, index).ranges(count, count)
+                return block(constrain(x, "batch", None, None), tables, ranges)
 
             x = run_layers(jax.checkpoint(layer) if remat else layer, x, self.blocks)
             return self.norm(x), None
-        if segments is not None:
-            raise ValueError("Decoder: segments came with a cache; a cache holds one sample per row.")
-        slots = cache.positions(count)  # [T] or [B, T]
-        mask = jnp.arange(cache.slots) <= slots[..., None]  # [T, S] or [B, T, S]
-        mask = mask if mask.ndim == 2 else mask[:, None]
-        tables = self.tables(slots if positions is None else positions)
+        if segments is not None or mask is not None:
+            raise ValueError("Decoder: segments or a mask came with a cache; a cache holds one sample per row.")
+        tables = self.tables(cache.positions(count) if positions is None else positions)
 
         def cached_layer(carry, block: Block, index):
             x, cache = carry
             x = constrain(x, "batch", None, None)
             query, key, value = block.heads(block.input_norm(x), tables)
-            cache = cache.write(index, key, value)
-            keys, values = (array.astype(query.dtype) for array in cache.read(index))
-            attended = attend_in_blocks(query, keys, values, mask=mask)
-            x = x + block.output(attended.reshape(batch, count, -1))
+            cache, parts = cache.extend(index, key, value)
+            x = x + block.output(attend_parts(query, parts).reshape(batch, count, -1))
             return x + block.mlp(block.mlp_norm(x)), cache
 
         x, cache = run_layers(cached_layer, (x, cache), self.blocks)
         return self.norm(x), cache.advance(count)
 
-    def empty_cache(self, batch: int, slots: int, dtype=None, *, ragged: bool = False) -> DenseCache:
-        """A cache for `slots` tokens per row; `ragged` where rows will have several lengths."""
-        config = self.config
-        shape = (config.depth, batch, config.kv_heads, slots, config.head_dim)
-        dtype = dtype or self.embedding[...].dtype
-        length = jnp.zeros((batch,) if ragged else (), jnp.int32)
-        return DenseCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), length)
+    def empty_cache(self, batch: int, slots: int, dtype=None, *, ragged: bool = False) -> DenseCache | MixedCache:
+        """A cache for `slots` tokens per row, of a dtype or "int8" or "int4"; `ragged` where rows differ in length."""
+        config, dtype = self.config, dtype or self.embedding[...].dtype
+        shape = (batch, config.kv_heads, slots, config.head_dim)
+        if config.streaming:
+            return MixedCache.empty(config.streaming, shape, dtype, ragged=ragged)
+        return DenseCache.empty((config.depth, *shape), dtype, ragged=ragged)
+
+    def _streaming_mask(self, mask: Mask, layer: int) -> Mask:
+        config, heads = self.config, self.config.streaming
+        assert heads is not None
+        dense = heads.dense[layer] * config.heads // config.kv_heads
+        kinds = Full(), Streaming(heads.sink, heads.recent, includes_self=False)
+        return dataclasses.replace(mask, kinds=kinds, heads=(0,) * dense + (1,) * (config.heads - dense))
 
 
-def next_token_loss(model: Decoder, tokens, *, weights=None, segments=None, remat: bool = False, chunk: int = 0):
+def next_token_loss(
+    model: Decoder,
+    tokens,
+    *,
+    weights=None,
+    segments=None,
+    mask: Mask | None = None,
+    remat: bool = False,
+    chunk: int = 0,
+):
     """Mean cross-entropy of each token given those before it, in nats.
 
     Args:
@@ -266,7 +287,7 @@ def next_token_loss(model: Decoder, tokens, *, weights=None, segments=None, rema
       tokens: [B, T + 1] int32; token t + 1 is the target of position t.
       weights: [B, T] of the targets, zero where there is none; None weighs all alike.
       segments: [B, T], see `Decoder`; weigh the last token of a sample with zero.
-      remat: see `Decoder`.
+      mask, remat: see `Decoder`.
       chunk: > 0 computes the logits of so many positions of each row at a time, forward and backward, so that a
         vocabulary of 152,000 never meets a whole row. 0: all at once.
 
@@ -274,7 +295,7 @@ def next_token_loss(model: Decoder, tokens, *, weights=None, segments=None, rema
       A float32 scalar: sum of weight x loss / sum of weights.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    hidden, _ = model(inputs, segments=segments, remat=remat)
+    hidden, _ = model(inputs, segments=segments, mask=mask, remat=remat)
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
     count = targets.shape[1]
     chunk = chunk or count

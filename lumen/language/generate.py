@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lumen.kv_cache import DenseCache
+from lumen.kv_cache import Cache
 from lumen.language.decoder import Decoder
 from lumen.sampling import Sampling, draw, penalise_repeats
 
@@ -37,7 +37,7 @@ class _State:
       seen: [B, V] bool, tokens of the prompt and since; None where repeats are not penalised.
     """
 
-    cache: DenseCache
+    cache: Cache
     tokens: Any
     drawn: Any
     lengths: Any
@@ -46,9 +46,9 @@ class _State:
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "last"))
-def _prefill(model: Decoder, tokens, lengths, cache: DenseCache, last):
+def _prefill(model: Decoder, tokens, lengths, cache: Cache, last):
     """Puts a chunk [B, C] of the prompts into the cache, and the hidden rows of their last tokens into last [B, D]."""
-    start, count = cache.length, tokens.shape[1]
+    start, count = cache.positions(1)[..., 0], tokens.shape[1]
     hidden, filled = model(tokens, cache=cache)
     at = lengths - 1 - start
     rows = jnp.take_along_axis(hidden, jnp.clip(at, 0, count - 1)[:, None, None], axis=1)[:, 0]
@@ -117,7 +117,7 @@ def generate(
       keys: [B] typed PRNG keys, one per row; where tokens are drawn at random. A row's draws depend on its own key.
       prefill_chunk: prompts go in by so many tokens at a time, C, which bounds the memory of their attention,
         [B, N, C, S]. They are padded to a multiple of it, so there are fewer lengths to compile. 0: in one pass.
-      cache_dtype: of keys and values; None: that of the embedding.
+      cache_dtype: of keys and values, or "int8" or "int4"; None: that of the embedding.
 
     Returns:
       (tokens [B, M] int32, lengths [B] int32): row b generated tokens[b, :lengths[b]], the stop token included; zeros
@@ -199,13 +199,13 @@ def _begin(model, prompts, max_new_tokens, sampling, penalty, stop, keys, chunk,
             row[list(prompt)] = True
 
     batch = len(lengths)
-    cache = model.empty_cache(batch, padded + max_new_tokens, cache_dtype)
+    cache = model.empty_cache(batch, padded + max_new_tokens, cache_dtype).within(lengths)
     last = jnp.zeros((batch, model.config.width), model.embedding[...].dtype)
     for start in range(0, padded, chunk or padded):
         cache, last = _prefill(model, tokens[:, start : start + (chunk or padded)], lengths, cache, last)
     # Rows of one length share it: their keys are then written with a slice instead of a scatter.
     same = (lengths == lengths[0]).all()
-    cache = dataclasses.replace(cache, length=jnp.asarray(lengths[0] if same else lengths, jnp.int32))
+    cache = cache.with_length(jnp.asarray(lengths[0] if same else lengths, jnp.int32))
     state = _State(
         cache=cache,
         tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lumen.attention import attend, attend_in_blocks
 from lumen.io.names.decoder import RULES
 from lumen.io.pretrained import from_original, to_original
 from lumen.kv_cache import DenseCache
@@ -182,7 +181,7 @@ class TestCache:
 
     def test_ragged_writes_beyond_the_end_are_dropped(self):
         cache = DenseCache(jnp.zeros((1, 2, 1, 3, 2)), jnp.zeros((1, 2, 1, 3, 2)), jnp.array([1, 3], jnp.int32))
-        written = cache.write(0, jnp.ones((2, 2, 1, 2)), jnp.ones((2, 2, 1, 2))).keys[0, :, 0, :, 0]
+        written = cache.extend(0, jnp.ones((2, 2, 1, 2)), jnp.ones((2, 2, 1, 2)))[0].keys[0, :, 0, :, 0]
         np.testing.assert_array_equal(written, [[0, 1, 1], [0, 0, 0]])
 
     def test_narrow_cache(self, load):
@@ -198,45 +197,6 @@ class TestCache:
         record, model = load("llama_gqa")
         with pytest.raises(ValueError, match="a cache holds one sample per row"):
             model(record["in/input_ids"], segments=record["in/right/attention_mask"], cache=model.empty_cache(3, 24))
-
-
-class TestAttention:
-    """One query a row has a path of its own, and so have many; NumPy in float64 knows neither."""
-
-    @pytest.mark.parametrize("shape", [(), (7,), (1, 7), (3, 1, 1, 7), (3, 4, 1, 7)])
-    @pytest.mark.parametrize("queries", [1, 2])
-    def test_few_queries(self, queries, shape):
-        self.compare(
-            attend, queries, 7, shape and jax.random.bernoulli(jax.random.key(1), 0.6, shape).at[..., 2].set(True)
-        )
-
-    @pytest.mark.parametrize("heads", [(), (1,), (3, 1), (3, 4)])
-    @pytest.mark.parametrize("keys", [12, 17])
-    def test_blocks(self, keys, heads):
-        """Ragged ends, blocks that nobody sees, rows whose first visible key is in the last block."""
-        mask = jnp.tril(jnp.ones((*heads, 11, keys), bool), keys - 11).at[..., 5, :12].set(False)
-        mask = mask.at[..., 0, :].set(False).at[..., 0, 3].set(True).at[..., 5, 11].set(True)
-        self.compare(functools.partial(attend_in_blocks, block=(4, 6)), 11, keys, mask)
-
-    def test_blocks_pass_over_what_nobody_sees(self):
-        q, k = jnp.ones((1, 8, 2, 4)), jnp.ones((1, 12, 1, 4)).at[:, 6:].set(jnp.nan)
-        mask = jnp.arange(12) < jnp.where(jnp.arange(8) < 7, 3, 0)[:, None]
-        got = jax.jit(functools.partial(attend_in_blocks, block=(4, 6)))(q, k, k, mask=mask)
-        np.testing.assert_array_equal(got[:, :7], 1)
-        np.testing.assert_array_equal(got[:, 7], 0)  # sees nothing
-
-    def compare(self, function, queries, slots, mask):
-        keys = jax.random.split(jax.random.key(0), 3)
-        q = jax.random.normal(keys[0], (3, queries, 4, 8))
-        k, v = (jax.random.normal(key, (3, slots, 2, 8)) for key in keys[1:])
-        mask = None if isinstance(mask, tuple) else mask
-        got = function(q, k, v, mask=mask)
-        q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
-        logits = np.einsum("BTNH,BSNH->BNTS", q, k.repeat(2, axis=2)) / np.sqrt(8)
-        weights = np.exp(logits) * (1.0 if mask is None else np.asarray(mask))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        want = np.einsum("BNTS,BSNH->BTNH", weights, v.repeat(2, axis=2))
-        np.testing.assert_allclose(got, want, rtol=0, atol=rounding(want, slots))
 
 
 class TestEquivalentRuns:

@@ -1,0 +1,501 @@
+"""Block-sparse FlashAttention for Hopper in Pallas Mosaic GPU: forward and backward, every head with its own mask.
+
+A thread block owns 128 queries of a head and walks the list of key blocks that its mask shows them; lists are data, so
+dense and streaming heads share a launch and each costs its own blocks. One warpgroup follows the list and streams keys
+and values with TMA; two warpgroups of 64 queries multiply on the tensor cores.
+
+    forward:  S = Q K.T,  o and lse by online softmax                             over the key blocks of 128 queries
+    dq:       dS = P * (dO V.T - delta),  dq = dS K                               over the same lists
+    dk, dv:   dv = P.T dO,  dk = dS.T Q                     over the query blocks of 128 keys, and the heads that share them
+
+Nothing is added atomically and every sum has one order, so results repeat exactly. The heads that share a key are summed
+inside the dk, dv kernel, in float32 registers, in order of their number: a part for each head would be N / K times as
+many bytes as k and v, written in float32 and read again.
+
+Blocks that every query sees whole come first in a list and skip the mask; in the others a key's index is compared with
+the four bounds of each row. Queries and keys that no block divides need no copy: TMA reads zeros outside an array and
+drops what is stored there, and keys past the end are in nobody's range.
+
+Every product goes through `_multiply`, which the interpreter replaces: it has no wgmma whose first operand is in
+registers. No GPU has run these kernels yet. What neither the interpreter nor the compiler has proven:
+  - that wgmma reads what it should: its operand order and transposes are the compiler's word alone;
+  - `commit_smem` before a wgmma that reads what this kernel stored there (P and dS in dk, dv): its absence shows in
+    neither;
+  - that wgmma has read a slot before it is released (products are synchronous in the interpreter; here `_multiply`
+    waits for each);
+  - `approx_math`: exp2 and log2 are the chip's own approximations, the interpreter computes them exactly;
+  - anything about speed, the ping-pong of the two warpgroups included.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.block_sparse_attention.mask import block_lists
+
+LOG2E = math.log2(math.e)
+ROWS = 64  # of one wgmma tile: what a warpgroup owns
+CONSUMERS = 2  # warpgroups that multiply
+BLOCK = ROWS * CONSUMERS  # queries, in dk and dv keys, of a thread block
+HEAD_DIMS = (64, 128)
+PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut."""
+
+    keys: int = 128  # of one slot of the ring, forward
+    stages: int = 2  # slots, forward
+    ping_pong: bool = True  # forward: one warpgroup multiplies while the other takes the softmax
+    dq_stages: int = 2  # slots of 128 keys, dq
+    dkv_stages: int = 3  # slots of 64 queries, dk and dv
+
+
+def unsupported(q, k, v) -> str | None:
+    """Why the kernels cannot take this case, on any chip, as the end of a sentence; None if they can."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype} and the kernel takes bfloat16 or float16, all alike"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"heads have {q.shape[-1]} channels and the kernel takes {' or '.join(map(str, HEAD_DIMS))}"
+    if 0 in (*q.shape, *k.shape):
+        return "there is nothing to attend to"
+    return None
+
+
+def _multiply(total, a, b, simulate: bool):
+    """total + a @ b in float32 on the tensor cores, finished; a is an array or a ref, b a ref, total None for zero.
+
+    simulate: for the interpreter, plain loads and a product. The fence after the loads stands for wgmma reading through
+    the asynchronous proxy, like the TMA that will overwrite its operands.
+    """
+    if simulate:
+        a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
+        plgpu.commit_smem()
+        product = jnp.dot(a, b, preferred_element_type=jnp.float32)
+        return product if total is None else total + product
+    if total is not None:
+        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
+
+    def fresh(accumulator):
+        plgpu.wgmma(accumulator, a, b)
+        return accumulator[...]
+
+    return pl.run_scoped(fresh, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def _per_row(vector, like):
+    """[R] -> [R, C]."""
+    return lax.broadcast_in_dim(vector, like.shape, (0,))
+
+
+def _constant(value: float, shape, layout):
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def _visible(bounds, shape, first_key):
+    """Which keys, numbered from first_key, lie in the two ranges of each row: booleans [R, C]."""
+    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + first_key
+    r0, r1, r2, r3 = (_per_row(bound, key) for bound in bounds)
+    return ((key >= r0) & (key < r1)) | ((key >= r2) & (key < r3))
+
+
+def _lists(ranges, keys: int, *, rows: int, columns: int, transposed: bool = False):
+    """Block lists as one array, one pointer: [P, B or 1, I, 2 + J], how many are whole, how many there are, which."""
+    lists = block_lists(ranges, keys, rows=rows, columns=columns, transposed=transposed)
+    return jnp.concatenate([lists.whole[..., None], lists.count[..., None], lists.indices], axis=-1)
+
+
+def _bounds(ranges):
+    """[P, B or 1, 4, T rounded up to whole blocks]: rows past the end see nothing."""
+    return jnp.pad(ranges.swapaxes(-1, -2), ((0, 0), (0, 0), (0, 0), (0, -ranges.shape[-2] % BLOCK)))
+
+
+def _drain(steps, stages, *free):
+    """Observes the last releases of a ring."""
+
+    @pl.loop(jnp.maximum(steps - stages, 0), steps)
+    def _(step):
+        for barrier in free:
+            plgpu.barrier_wait(barrier.at[lax.rem(step, jnp.int32(stages))])
+
+
+def _which(pattern, heads: int):
+    return jnp.zeros((heads,), jnp.int32) if pattern is None else jnp.asarray(pattern, jnp.int32)
+
+
+def forward(q, k, v, ranges, pattern, *, scale: float, config: Config, interpret: Any = False):
+    """softmax(scale q kᵀ) v over the keys that each query sees, and its log-sum-exp.
+
+    Args:
+      q: [B, T, N, H] bfloat16 or float16, H in HEAD_DIMS.
+      k, v: [B, S, K, H]; query head n reads key head n // (N / K).
+      ranges, pattern: of a `RangeMask`.
+      scale: above 0.
+      config: a choice of `config_for`.
+      interpret: False, or plgpu.InterpretGPUParams.
+    Returns:
+      (o [B, T, N, H] in q's dtype, lse [B, N, T] float32): 0 and -inf for a query that sees nothing.
+    """
+    (batch, queries, heads, size), (slots, kv_heads), dtype = q.shape, k.shape[1:3], q.dtype
+    blocks, stages, simulate = pl.cdiv(queries, BLOCK), config.stages, bool(interpret)
+    lists = _lists(ranges, slots, rows=BLOCK, columns=config.keys)
+
+    def kernel(
+        q_gmem, k_gmem, v_gmem, lists_gmem, bounds_gmem, pattern_gmem, o_gmem, lse_gmem,
+        q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, k_free, v_free, turn,
+    ):  # fmt: skip
+        warpgroup, head, sample = (lax.axis_index(name) for name in ("warpgroup", "head", "sample"))
+        block = blocks - 1 - lax.axis_index("block")  # under a causal mask the longest lists first
+        mask = pattern_gmem[head], sample if ranges.shape[1] > 1 else 0
+        whole, count = lists_gmem[*mask, block, 0], lists_gmem[*mask, block, 1]
+
+        def first_key(step):
+            return lists_gmem[*mask, block, 2 + step] * config.keys
+
+        @pl.when(warpgroup == CONSUMERS)
+        def _produce():
+            plgpu.set_max_registers(40, action="decrease")
+            kv_head = lax.div(head, jnp.int32(heads // kv_heads))
+
+            @pl.loop(0, count)
+            def _load(step):
+                slot = lax.rem(step, jnp.int32(stages))
+                rows = pl.ds(first_key(step), config.keys)
+                for gmem, smem, full, free in ((k_gmem, k_smem, k_full, k_free), (v_gmem, v_smem, v_full, v_free)):
+                    pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                    plgpu.copy_gmem_to_smem(gmem.at[sample, rows, kv_head], smem.at[slot], full.at[slot])
+
+            _drain(count, stages, k_free, v_free)
+
+        @pl.when(warpgroup < CONSUMERS)
+        def _consume():
+            plgpu.set_max_registers(232, action="increase")
+            rows = pl.ds(block * BLOCK + warpgroup * ROWS, ROWS)
+            plgpu.copy_gmem_to_smem(q_gmem.at[sample, rows, head], q_smem.at[warpgroup], q_full.at[warpgroup])
+            bounds = [plgpu.load(bounds_gmem.at[*mask, i, rows], layout=PER_ROW, optimized=False) for i in range(4)]
+            plgpu.barrier_wait(q_full.at[warpgroup])
+
+            def take_turn():
+                if config.ping_pong:
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(turn)
+
+            def meet(step, carry, *, masked):
+                weighted, largest, total = carry
+                slot = lax.rem(step, jnp.int32(stages))
+                plgpu.barrier_wait(k_full.at[slot])
+                logits = _multiply(None, q_smem.at[warpgroup], k_smem.at[slot].transpose((1, 0)), simulate)
+                take_turn()
+                plgpu.barrier_arrive(k_free.at[slot])
+                if masked:
+                    logits = jnp.where(_visible(bounds, logits.shape, first_key(step)), logits, -jnp.inf)
+                # In units of log2, exp(scale s - m) is one multiplication and addition, and one exp2.
+                larger = jnp.maximum(largest, logits.max(axis=1) * (scale * LOG2E))
+                shift = jnp.where(larger == -jnp.inf, 0.0, larger) if masked else larger
+                kept = jnp.exp2(largest - shift)
+                weights = jnp.exp2(logits * (scale * LOG2E) - _per_row(shift, logits))
+                weighted *= _per_row(kept, weighted)
+                total = total * kept + weights.sum(axis=1)
+                # Keeps the softmax on this side of the other warpgroup's turn.
+                weighted, total, larger, weights = lax.optimization_barrier(
+                    (weighted, total, larger, weights.astype(dtype))
+                )
+                if config.ping_pong:
+                    plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(v_full.at[slot])
+                if config.ping_pong:
+                    plgpu.barrier_wait(turn)
+                weighted = _multiply(weighted, weights, v_smem.at[slot], simulate)
+                plgpu.barrier_arrive(v_free.at[slot])
+                return weighted, larger, total
+
+            pl.when(warpgroup == 1)(take_turn)
+            carry = (
+                _constant(0.0, (ROWS, size), plgpu.Layout.WGMMA),
+                _constant(-jnp.inf, (ROWS,), PER_ROW),
+                _constant(0.0, (ROWS,), PER_ROW),
+            )
+            carry = lax.fori_loop(0, whole, functools.partial(meet, masked=False), carry)
+            weighted, largest, total = lax.fori_loop(whole, count, functools.partial(meet, masked=True), carry)
+            pl.when(warpgroup == 0)(take_turn)
+            inverse = jnp.where(total > 0.0, 1.0 / total, 0.0)
+            q_smem[warpgroup] = (weighted * _per_row(inverse, weighted)).astype(dtype)
+            lse_smem[warpgroup] = (largest + jnp.log2(total)) * (1.0 / LOG2E)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], o_gmem.at[sample, rows, head])
+            plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_gmem.at[sample, head, rows])
+            plgpu.wait_smem_to_gmem(0)
+
+    ring = plgpu.SMEM((stages, config.keys, size), dtype)
+    full, free = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (1, CONSUMERS))
+    o, lse = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, dtype),
+            jax.ShapeDtypeStruct((batch, heads, blocks * BLOCK), jnp.float32),
+        ),
+        grid=(blocks, batch, heads),  # heads side by side, so that those that share keys read them together
+        grid_names=("block", "sample", "head"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="block_sparse_attention",
+        interpret=interpret,
+        scratch_types=(
+            plgpu.SMEM((CONSUMERS, ROWS, size), dtype),
+            ring,
+            ring,
+            plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=CONSUMERS),
+            full,
+            full,
+            free,
+            free,
+            plgpu.Barrier(num_arrivals=CONSUMERS),
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q, k, v, lists, _bounds(ranges), _which(pattern, heads))
+    return o, lse[..., :queries]
+
+
+def backward(q, k, v, o, lse, do, dlse, ranges, pattern, *, scale: float, config: Config, interpret: Any = False):
+    """The gradients of `forward`, for the cotangents do [B, T, N, H] of o and dlse [B, N, T] of lse.
+
+    P = exp(scale q kᵀ - lse), dS = P (do vᵀ - (sum over H of o do - dlse)).
+
+    Returns:
+      (dq, dk, dv) in q's dtype: scale dS k, scale dSᵀ q and Pᵀ do.
+    """
+    delta = jnp.einsum("BTNH,BTNH->BNT", o, do, preferred_element_type=jnp.float32) - dlse
+    # With lse = inf a query that sees nothing weighs nothing, and so do the rows past the end.
+    blind = lse == -jnp.inf
+    rows = jnp.stack([jnp.where(blind, jnp.inf, lse * LOG2E), jnp.where(blind, 0.0, delta)], axis=2)  # [B, N, 2, T]
+    padding = ((0, 0), (0, 0), (0, 0), (0, -q.shape[1] % BLOCK))
+    rows = jnp.pad(rows, padding, constant_values=jnp.inf)
+    operands = q, k, v, do.astype(q.dtype), rows, ranges, _which(pattern, q.shape[2])
+    dq = _query_gradient(*operands, scale=scale, stages=config.dq_stages, interpret=interpret)
+    return dq, *_key_gradients(*operands, scale=scale, stages=config.dkv_stages, interpret=interpret)
+
+
+def _query_gradient(q, k, v, do, rows, ranges, pattern, *, scale, stages, interpret):
+    (batch, queries, heads, size), (slots, kv_heads), dtype = q.shape, k.shape[1:3], q.dtype
+    blocks, simulate = pl.cdiv(queries, BLOCK), bool(interpret)
+    lists = _lists(ranges, slots, rows=BLOCK, columns=BLOCK)
+
+    def kernel(
+        q_gmem, k_gmem, v_gmem, do_gmem, rows_gmem, lists_gmem, bounds_gmem, pattern_gmem, dq_gmem,
+        q_smem, do_smem, k_smem, v_smem, q_full, full, free,
+    ):  # fmt: skip
+        warpgroup, head, sample = (lax.axis_index(name) for name in ("warpgroup", "head", "sample"))
+        block = blocks - 1 - lax.axis_index("block")
+        mask = pattern_gmem[head], sample if ranges.shape[1] > 1 else 0
+        whole, count = lists_gmem[*mask, block, 0], lists_gmem[*mask, block, 1]
+
+        def first_key(step):
+            return lists_gmem[*mask, block, 2 + step] * BLOCK
+
+        @pl.when(warpgroup == CONSUMERS)
+        def _produce():
+            plgpu.set_max_registers(40, action="decrease")
+            kv_head = lax.div(head, jnp.int32(heads // kv_heads))
+
+            @pl.loop(0, count)
+            def _load(step):
+                slot = lax.rem(step, jnp.int32(stages))
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                here = sample, pl.ds(first_key(step), BLOCK), kv_head
+                plgpu.copy_gmem_to_smem(k_gmem.at[here], k_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(v_gmem.at[here], v_smem.at[slot], full.at[slot])
+
+            _drain(count, stages, free)
+
+        @pl.when(warpgroup < CONSUMERS)
+        def _consume():
+            plgpu.set_max_registers(232, action="increase")
+            mine = pl.ds(block * BLOCK + warpgroup * ROWS, ROWS)
+            queries, cotangents = q_smem.at[warpgroup], do_smem.at[warpgroup]
+            plgpu.copy_gmem_to_smem(q_gmem.at[sample, mine, head], queries, q_full.at[warpgroup])
+            plgpu.copy_gmem_to_smem(do_gmem.at[sample, mine, head], cotangents, q_full.at[warpgroup])
+
+            def per_row(ref):
+                return plgpu.load(ref, layout=PER_ROW, optimized=False)
+
+            lse, delta = (per_row(rows_gmem.at[sample, head, i, mine]) for i in range(2))
+            bounds = [per_row(bounds_gmem.at[*mask, i, mine]) for i in range(4)]
+            plgpu.barrier_wait(q_full.at[warpgroup])
+
+            def meet(step, dq, *, masked):
+                slot = lax.rem(step, jnp.int32(stages))
+                plgpu.barrier_wait(full.at[slot])
+
+                def part(i, dq):  # 64 keys at a time, for the sake of registers
+                    here = pl.ds(i * ROWS, ROWS)
+                    keys, values = k_smem.at[slot, here], v_smem.at[slot, here]
+                    logits = _multiply(None, queries, keys.transpose((1, 0)), simulate)
+                    weights = jnp.exp2(logits * (scale * LOG2E) - _per_row(lse, logits))
+                    if masked:
+                        visible = _visible(bounds, weights.shape, first_key(step) + i * ROWS)
+                        weights = jnp.where(visible, weights, 0.0)
+                    dweights = _multiply(None, cotangents, values.transpose((1, 0)), simulate)
+                    dlogits = weights * (dweights - _per_row(delta, dweights))
+                    return _multiply(dq, dlogits.astype(dtype), keys, simulate)
+
+                dq = lax.fori_loop(0, BLOCK // ROWS, part, dq)
+                plgpu.barrier_arrive(free.at[slot])
+                return dq
+
+            dq = _constant(0.0, (ROWS, size), plgpu.Layout.WGMMA)
+            dq = lax.fori_loop(0, whole, functools.partial(meet, masked=False), dq)
+            dq = lax.fori_loop(whole, count, functools.partial(meet, masked=True), dq)
+            q_smem[warpgroup] = (dq * scale).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(queries, dq_gmem.at[sample, mine, head])
+            plgpu.wait_smem_to_gmem(0)
+
+    tile, ring = plgpu.SMEM((CONSUMERS, ROWS, size), dtype), plgpu.SMEM((stages, BLOCK, size), dtype)
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
+        grid=(blocks, batch, heads),
+        grid_names=("block", "sample", "head"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="block_sparse_attention_dq",
+        interpret=interpret,
+        scratch_types=(
+            tile,
+            tile,
+            ring,
+            ring,
+            plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q, k, v, do, rows, lists, _bounds(ranges), pattern)
+
+
+def _key_gradients(q, k, v, do, rows, ranges, pattern, *, scale, stages, interpret):
+    (batch, _, heads, size), (slots, kv_heads), dtype = q.shape, k.shape[1:3], q.dtype
+    group, simulate = heads // kv_heads, bool(interpret)
+    lists = _lists(ranges, slots, rows=ROWS, columns=BLOCK, transposed=True)
+
+    def kernel(
+        q_gmem, k_gmem, v_gmem, do_gmem, rows_gmem, lists_gmem, bounds_gmem, pattern_gmem, dk_gmem, dv_gmem,
+        k_smem, v_smem, q_smem, do_smem, rows_smem, bounds_smem, tile_smem, kv_full, full, free,
+    ):  # fmt: skip
+        axes = "warpgroup", "head", "sample", "block"  # under a causal mask the first block has the longest list
+        warpgroup, kv_head, sample, block = (lax.axis_index(name) for name in axes)
+
+        def list_of(member):
+            head = kv_head * group + member
+            mask = pattern_gmem[head], sample if ranges.shape[1] > 1 else 0
+            return head, mask, lists_gmem[*mask, block, 0], lists_gmem[*mask, block, 1]
+
+        @pl.when(warpgroup == CONSUMERS)
+        def _produce():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def one_head(member, before):
+                head, mask, _, count = list_of(member)
+
+                @pl.loop(0, count)
+                def _load(i):
+                    slot = lax.rem(before + i, jnp.int32(stages))
+                    pl.when(before + i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                    here = pl.ds(lists_gmem[*mask, block, 2 + i] * ROWS, ROWS)
+                    for gmem, smem in (
+                        (q_gmem.at[sample, here, head], q_smem),
+                        (do_gmem.at[sample, here, head], do_smem),
+                        (rows_gmem.at[sample, head, :, here], rows_smem),
+                        (bounds_gmem.at[*mask, :, here], bounds_smem),
+                    ):
+                        plgpu.copy_gmem_to_smem(gmem, smem.at[slot], full.at[slot])
+
+                return before + count
+
+            _drain(lax.fori_loop(0, group, one_head, jnp.int32(0)), stages, free)
+
+        @pl.when(warpgroup < CONSUMERS)
+        def _consume():
+            plgpu.set_max_registers(232, action="increase")
+            first_key = block * BLOCK + warpgroup * ROWS
+            mine = sample, pl.ds(first_key, ROWS), kv_head
+            keys, values, tile = (smem.at[warpgroup] for smem in (k_smem, v_smem, tile_smem))
+            plgpu.copy_gmem_to_smem(k_gmem.at[mine], keys, kv_full.at[warpgroup])
+            plgpu.copy_gmem_to_smem(v_gmem.at[mine], values, kv_full.at[warpgroup])
+            plgpu.barrier_wait(kv_full.at[warpgroup])
+
+            def add_transposed(total, left, right):
+                """total + left.T @ right; left goes through shared memory, where wgmma can read it transposed."""
+                tile_smem[warpgroup] = left.astype(dtype)
+                plgpu.commit_smem()
+                return _multiply(total, tile.transpose((1, 0)), right, simulate)
+
+            def meet(i, carry, *, before, masked):
+                dk, dv = carry
+                slot = lax.rem(before + i, jnp.int32(stages))
+                plgpu.barrier_wait(full.at[slot])
+                queries, cotangents = q_smem.at[slot], do_smem.at[slot]
+                logits = _multiply(None, queries, keys.transpose((1, 0)), simulate)
+                lse = plgpu.load(rows_smem.at[slot, 0], layout=PER_ROW)
+                weights = jnp.exp2(logits * (scale * LOG2E) - _per_row(lse, logits))
+                if masked:
+                    bounds = [plgpu.load(bounds_smem.at[slot, i], layout=PER_ROW) for i in range(4)]
+                    weights = jnp.where(_visible(bounds, weights.shape, first_key), weights, 0.0)
+                dv = add_transposed(dv, weights, cotangents)
+                dweights = _multiply(None, cotangents, values.transpose((1, 0)), simulate)
+                delta = plgpu.load(rows_smem.at[slot, 1], layout=PER_ROW)
+                dk = add_transposed(dk, weights * (dweights - _per_row(delta, dweights)), queries)
+                plgpu.barrier_arrive(free.at[slot])
+                return dk, dv
+
+            def one_head(member, carry):
+                before, dk, dv = carry
+                _, _, whole, count = list_of(member)
+                part = functools.partial(meet, before=before)
+                carry = lax.fori_loop(0, whole, functools.partial(part, masked=False), (dk, dv))
+                return before + count, *lax.fori_loop(whole, count, functools.partial(part, masked=True), carry)
+
+            zero = _constant(0.0, (ROWS, size), plgpu.Layout.WGMMA)
+            _, dk, dv = lax.fori_loop(0, group, one_head, (jnp.int32(0), zero, zero))
+            k_smem[warpgroup] = (dk * scale).astype(dtype)
+            v_smem[warpgroup] = dv.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(keys, dk_gmem.at[mine])
+            plgpu.copy_smem_to_gmem(values, dv_gmem.at[mine])
+            plgpu.wait_smem_to_gmem(0)
+
+    tile, ring = plgpu.SMEM((CONSUMERS, ROWS, size), dtype), plgpu.SMEM((stages, ROWS, size), dtype)
+    return plgpu.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)),
+        grid=(pl.cdiv(slots, BLOCK), batch, kv_heads),
+        grid_names=("block", "sample", "head"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="block_sparse_attention_dkv",
+        interpret=interpret,
+        scratch_types=(
+            tile,
+            tile,
+            ring,
+            ring,
+            plgpu.SMEM((stages, 2, ROWS), jnp.float32),
+            plgpu.SMEM((stages, 4, ROWS), jnp.int32),
+            plgpu.SMEM((CONSUMERS, ROWS, ROWS), dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
+            plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q, k, v, do, rows, lists, _bounds(ranges), pattern)
