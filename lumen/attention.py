@@ -21,6 +21,7 @@ from lumen.kv_cache import Part
 from lumen.sharding import partition_spec
 from pallas_kernels import dispatch
 from pallas_kernels.block_sparse_attention import RangeMask, block_sparse_attention, dense_mask, unsupported
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.dispatch import Implementation
 
 # Up to so many logits a head XLA computes them all at once, which is faster than block by block.
@@ -228,8 +229,13 @@ def attend_parts(q, parts: Sequence[Part], *, implementation: Implementation = "
     outs, first = [], 0
     for part in parts:
         queries = q[:, :, first : (first := first + group * part.heads)]
-        keys, values = part.dequantized(q.dtype)
-        outs.append(attend(queries, keys, values, mask=RangeMask(part.ranges[None]), implementation=implementation))
+        if q.shape[1] == 1:
+            out = decode_attention(queries[:, 0], part.keys, part.values, part.ranges, implementation=implementation)[0]
+            outs.append(out[:, None])
+        else:
+            keys, values = part.dequantized(q.dtype)
+            mask = RangeMask(part.ranges[None])
+            outs.append(attend(queries, keys, values, mask=mask, implementation=implementation))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
 
 

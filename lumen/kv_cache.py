@@ -15,14 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-
-class QuantizedKV:
-    """Replaced by the kernel package's."""
-
-
-quantize_kv = dequantize_kv = None
-
-Storage = Literal["int8", "int4"]
+from pallas_kernels.decode_attention import QuantizedKV, dequantize_kv, quantize_kv
 
 
 class Part(NamedTuple):
@@ -318,7 +311,8 @@ def _empty(shape, dtype):
 
 
 def _shape(store):
-    return store.scale.shape if isinstance(store, QuantizedKV) else store.shape[:-1]
+    """[..., K, S] of a store."""
+    return store.shape[:-1]
 
 
 def _layer(store, layer):

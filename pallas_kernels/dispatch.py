@@ -32,11 +32,13 @@ def choose(op: str, wish: Implementation, unsupported: str | None) -> Literal["x
         raise ValueError(f"{op}: implementation={wish!r} is unknown; use one of {', '.join(get_args(Implementation))}.")
     if wish == "xla":
         return wish
-    reason = unsupported or (None if wish == "interpret" else no_hopper())
+    elsewhere = None if wish == "interpret" else no_hopper()
+    reason = unsupported or elsewhere
     if reason is None:
         return "mosaic_gpu" if wish == "auto" else wish
     if wish == "auto":
-        _say_once(op, reason)
+        # That another chip has no kernel is no news; that a Hopper GPU cannot use the one it has is.
+        _say_once(op, elsewhere or reason, logging.INFO if elsewhere else logging.WARNING)
         return "xla"
     raise ValueError(f"{op}: {wish} cannot run this: {reason}; use implementation='auto' or 'xla'.")
 
@@ -54,5 +56,5 @@ def no_hopper() -> str | None:
 
 
 @functools.cache
-def _say_once(op: str, reason: str) -> None:
-    logging.getLogger(__name__).warning("%s: using XLA, because %s.", op, reason)
+def _say_once(op: str, reason: str, level: int) -> None:
+    logging.getLogger(__name__).log(level, "%s: using XLA, because %s.", op, reason)

@@ -10,6 +10,7 @@ import pytest
 
 from lumen.attention import Full, Mask, Streaming, attend, attend_parts
 from lumen.kv_cache import DenseCache, MixedCache, StreamingCache, StreamingHeads, cache_bytes
+from pallas_kernels.decode_attention import dequantize_kv, quantize_kv
 
 SINK, RECENT = 3, 5
 HEADS = StreamingHeads((2,), SINK, RECENT)
@@ -140,3 +141,43 @@ class TestDense:
         got, _ = feed(DenseCache.empty((1, 2, 2, 23, 8), jnp.float32), q, k, v, sizes)
         want = attend(q, k, v, mask=Mask())
         np.testing.assert_allclose(got, want, rtol=0, atol=rounding(want, 23))
+
+
+class TestQuantized:
+    """Keys and values in 8 and 4 bits behind the same protocol: attention to their rounded values."""
+
+    def rounded(self, array, bits):
+        return dequantize_kv(quantize_kv(array.swapaxes(1, 2), bits)).swapaxes(1, 2)
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    @pytest.mark.parametrize("sizes", [CHUNKS["one by one"], CHUNKS["chunks"]], ids=["one by one", "chunks"])
+    def test_dense(self, bits, sizes):
+        q, k, v = tokens(23)
+        got, _ = feed(DenseCache.empty((1, 2, 2, 23, 8), f"int{bits}"), q, k, v, sizes)
+        want = attend(q, self.rounded(k, bits), self.rounded(v, bits), mask=Mask())
+        np.testing.assert_allclose(got, want, rtol=0, atol=rounding(want, 23))
+        exact = attend(q, k, v, mask=Mask())
+        # Half a step of the widest range, some four deviations of 8 normal numbers each way: it is really quantised.
+        assert 0.01 / 2**bits < np.abs(got - exact).max() < 8 / 2**bits
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_mixed_token_by_token(self, bits):
+        q, k, v = tokens(23)
+        heads = dataclasses.replace(HEADS, dense=(1,))
+        got, _ = feed(MixedCache.empty(heads, (2, 2, 23, 8), f"int{bits}"), q, k, v, CHUNKS["one by one"])
+        want = attend(q, self.rounded(k, bits), self.rounded(v, bits), mask=Mask(KINDS, heads=(0, 0, 1, 1)))
+        np.testing.assert_allclose(got, want, rtol=0, atol=rounding(want, 23))
+
+    def test_mixed_in_chunks(self):
+        """New tokens see each other unrounded, and what is cached rounded: between exact and rounded attention."""
+        q, k, v = tokens(23)
+        heads = dataclasses.replace(HEADS, dense=(1,))
+        got, _ = feed(MixedCache.empty(heads, (2, 2, 23, 8), "int8"), q, k, v, CHUNKS["chunks"])
+        want = attend(q, k, v, mask=Mask(KINDS, heads=(0, 0, 1, 1)))
+        np.testing.assert_allclose(got, want, rtol=0, atol=8 / 2**8)
+
+    @pytest.mark.parametrize(("bits", "width"), [(8, 8), (4, 4)])
+    def test_bytes(self, bits, width):
+        """Codes, and a float16 scale and zero for each token of each head of keys and values."""
+        cache = DenseCache.empty((3, 2, 4, 100, 8), f"int{bits}")
+        assert cache_bytes(cache) == 2 * 3 * 2 * 4 * 100 * (width + 4)

@@ -35,14 +35,20 @@ def test_an_unknown_name_lists_the_known_ones():
 
 def test_auto_falls_back_and_says_so_once_for_every_op_and_reason(caplog):
     dispatch._say_once.cache_clear()
-    with caplog.at_level(logging.WARNING, "pallas_kernels"):
-        for op in ("first", "second", "first"):
-            assert dispatch.choose(op, "auto", "x is int8") == "xla"
-        assert dispatch.choose("first", "auto", None) == "xla"
-    messages = [record.getMessage() for record in caplog.records]
-    assert messages[:2] == ["first: using XLA, because x is int8.", "second: using XLA, because x is int8."]
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        with under_mesh_of("NVIDIA H200"):
+            for op in ("first", "second", "first"):
+                assert dispatch.choose(op, "auto", "x is int8") == "xla"
+        for unsupported in (None, "x is int8"):  # no kernel for this chip, whatever x is
+            assert dispatch.choose("first", "auto", unsupported) == "xla"
+    messages = [(record.levelno, record.getMessage()) for record in caplog.records]
+    assert messages[:2] == [
+        (logging.WARNING, "first: using XLA, because x is int8."),
+        (logging.WARNING, "second: using XLA, because x is int8."),
+    ]
     assert len(messages) == 3
-    assert "needs a Hopper GPU" in messages[2]
+    assert messages[2][0] == logging.INFO
+    assert "needs a Hopper GPU" in messages[2][1]
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H20"])
