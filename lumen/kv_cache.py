@@ -210,15 +210,15 @@ class StreamingCache:
             self, keys=_write(self.keys, layer, start, keys), values=_write(self.values, layer, start, values)
         )
 
-    def advance(self, tokens) -> "StreamingCache":
+    def advance(self, tokens):
         """Counts tokens that every layer has written: an int, or [B]."""
         return dataclasses.replace(self, length=self.length + tokens)
 
-    def with_length(self, length) -> "StreamingCache":
+    def with_length(self, length):
         """For the end of a padded prompt: what `within` announced. Tokens that were pushed out do not come back."""
         return dataclasses.replace(self, length=length, limit=None)
 
-    def within(self, lengths) -> "StreamingCache":
+    def within(self, lengths):
         """Announces that positions from `lengths` [B] on are padding, which must not push tokens out."""
         return dataclasses.replace(self, limit=jnp.asarray(lengths, jnp.int32))
 
@@ -231,11 +231,17 @@ class MixedCache:
     Layers are taken one by one: the model's blocks must be a list (`lumen.layers.unstack`).
 
     Attributes:
-      layers: per layer (DenseCache of its retrieval heads or None, StreamingCache of its streaming heads or None),
-        each of one layer.
+      dense: per layer the (keys, values) of a `DenseCache` of one layer, None where no head is dense.
+      streaming: likewise of a `StreamingCache`.
+      length, limit: of both, shared.
+      heads: which they are.
     """
 
-    layers: list[tuple[DenseCache | None, StreamingCache | None]]
+    dense: list[tuple[Any, Any] | None]
+    streaming: list[tuple[Any, Any] | None]
+    length: Any
+    limit: Any
+    heads: StreamingHeads = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def empty(cls, heads: StreamingHeads, shape: Sequence[int], dtype, *, ragged: bool = False) -> "MixedCache":
@@ -244,55 +250,51 @@ class MixedCache:
         if any(not 0 <= count <= keys for count in heads.dense):
             raise ValueError(f"MixedCache: {list(heads.dense)} dense heads per layer; wanted 0 to {keys} each.")
 
-        def layer(count):
-            dense = DenseCache.empty((1, batch, count, slots, width), dtype, ragged=ragged) if count else None
-            rest = (1, batch, keys - count, width)
-            return dense, StreamingCache.empty(rest, dtype, heads, ragged=ragged) if rest[2] else None
+        def stores(count, slots):
+            shape = (1, batch, count, slots, width)
+            return (_empty(shape, dtype), _empty(shape, dtype)) if count else None
 
-        return cls([layer(count) for count in heads.dense])
+        return cls(
+            [stores(count, slots) for count in heads.dense],
+            [stores(keys - count, heads.sink + heads.recent + 1) for count in heads.dense],
+            jnp.zeros(batch if ragged else (), jnp.int32),
+            None,
+            heads,
+        )
 
-    @property
-    def _any(self):
-        return next(part for part in self.layers[0] if part is not None)
-
-    @property
-    def length(self):
-        """As the caches of the layers."""
-        return self._any.length
-
-    def positions(self, tokens: int):
-        """As `DenseCache.positions`."""
-        return self._any.positions(tokens)
+    positions = DenseCache.positions
 
     def extend(self, layer: int, keys, values) -> tuple["MixedCache", list[Part]]:
         """As `DenseCache.extend`, for a layer known while tracing: a part of dense and one of streaming heads."""
         if isinstance(layer, Tracer):
             raise TypeError("MixedCache: the layers came as a scan; pass the model through lumen.layers.unstack first.")
-        caches, parts, first = [], [], 0
-        for cache in self.layers[layer]:
+        count, parts = self.heads.dense[layer], []
+        held = {"dense": list(self.dense), "streaming": list(self.streaming)}
+        cuts = slice(count), slice(count, None)
+        for stores, cut, cache in zip(held.values(), cuts, self.layers[layer], strict=True):
             if cache is not None:
-                heads = slice(first, first := first + _shape(cache.keys)[2])
-                cache, seen = cache.extend(0, keys[:, :, heads], values[:, :, heads])
+                cache, seen = cache.extend(0, keys[:, :, cut], values[:, :, cut])
+                stores[layer] = (cache.keys, cache.values)
                 parts += seen
-            caches.append(cache)
-        layers = list(self.layers)
-        layers[layer] = tuple(caches)
-        return MixedCache(layers), parts
+        return dataclasses.replace(self, **held), parts
 
-    def advance(self, tokens) -> "MixedCache":
-        """As `DenseCache.advance`."""
-        return self._each(lambda cache: cache.advance(tokens))
+    @property
+    def layers(self) -> list[tuple[DenseCache | None, StreamingCache | None]]:
+        """Per layer the cache of its dense heads and that of its streaming heads, each of one layer."""
+        sink, recent, prefill = self.heads.sink, self.heads.recent, self.heads.prefill
 
-    def with_length(self, length) -> "MixedCache":
-        """As `StreamingCache.with_length`."""
-        return self._each(lambda cache: cache.with_length(length))
+        def one(dense, streaming):
+            return (
+                dense and DenseCache(dense[0], dense[1], self.length),
+                streaming
+                and StreamingCache(streaming[0], streaming[1], self.length, self.limit, sink, recent, prefill),
+            )
 
-    def within(self, lengths) -> "MixedCache":
-        """As `StreamingCache.within`."""
-        return self._each(lambda cache: cache.within(lengths))
+        return [one(*stores) for stores in zip(self.dense, self.streaming, strict=True)]
 
-    def _each(self, change):
-        return MixedCache([tuple(None if cache is None else change(cache) for cache in layer) for layer in self.layers])
+    advance = StreamingCache.advance
+    with_length = StreamingCache.with_length
+    within = StreamingCache.within
 
 
 Cache = DenseCache | StreamingCache | MixedCache

@@ -12,8 +12,9 @@ from flax import nnx
 
 from lumen.io.names.decoder import RULES
 from lumen.io.pretrained import from_original, to_original
-from lumen.kv_cache import DenseCache
+from lumen.kv_cache import DenseCache, StreamingHeads
 from lumen.language.decoder import Decoder, DecoderConfig, next_token_loss
+from lumen.language.generate import generate
 from lumen.language.pretrained import parse_config
 from lumen.layers import unstack
 from lumen.rope import inverse_frequencies, rotary_tables
@@ -197,6 +198,52 @@ class TestCache:
         record, model = load("llama_gqa")
         with pytest.raises(ValueError, match="a cache holds one sample per row"):
             model(record["in/input_ids"], segments=record["in/right/attention_mask"], cache=model.empty_cache(3, 24))
+
+
+class TestStreamingHeads:
+    """Two caches a layer against the same model under its mask, layers with 2, 1 and 0 dense heads."""
+
+    HEADS = StreamingHeads((2, 0), sink=3, recent=5)
+
+    def deployed(self, load, dense=(1, 0), **changes):
+        record, model = load("llama_gqa")
+        model = unstack(model)
+        heads = dataclasses.replace(self.HEADS, dense=dense, **changes)
+        model.config = dataclasses.replace(model.config, streaming=heads)
+        return record["in/input_ids"], model
+
+    @pytest.mark.parametrize("dense", [(1, 0), (2, 1), (0, 2)])
+    @pytest.mark.parametrize("chunks", [(1,) * 24, (24,), (7, 1, 1, 12, 3)])
+    def test_any_chunks_give_the_masked_forward(self, load, dense, chunks):
+        tokens, model = self.deployed(load, dense)
+        want, got = forward(model, tokens), []
+        cache = model.empty_cache(len(tokens), 24)
+        for start, end in itertools.pairwise([0, *itertools.accumulate(chunks)]):
+            logits, cache = step(model, tokens[:, start:end], cache)
+            got.append(logits)
+        np.testing.assert_allclose(np.concatenate(got, axis=1), want, rtol=0, atol=rounding(want, 112))
+        # The mask hides something: 24 tokens do not fit into 3 + 5 + 1.
+        assert np.abs(want - forward(load("llama_gqa")[1], tokens)).max() > 1e-3
+
+    def test_everything_dense_is_the_plain_model(self, load):
+        tokens, model = self.deployed(load, (2, 2))
+        want = forward(load("llama_gqa")[1], tokens)
+        np.testing.assert_allclose(forward(model, tokens), want, rtol=0, atol=rounding(want, 112))
+
+    def test_generation_of_prompts_of_several_lengths(self, load):
+        """Greedy tokens of a padded batch in chunks equal those of each prompt alone, token by token under the mask."""
+        tokens, model = self.deployed(load)
+        prompts = [np.asarray(tokens[0, :17]).tolist(), np.asarray(tokens[1, :4]).tolist()]
+        got, _ = generate(model, prompts, max_new_tokens=6, prefill_chunk=5)
+        for row, prompt in zip(got, prompts, strict=True):
+            text = list(prompt)
+            for token in row:
+                assert token == int(np.argmax(forward(model, jnp.asarray([text]))[0, -1]))
+                text.append(int(token))
+
+    def test_counts_per_layer(self, load):
+        with pytest.raises(ValueError, match=r"is for 3 of 2 layers"):
+            self.deployed(load, (1, 1, 1))
 
 
 class TestEquivalentRuns:
