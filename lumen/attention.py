@@ -176,6 +176,7 @@ def attend(
     scale: float | None = None,
     soft_cap: float | None = None,
     with_lse: bool = False,
+    heads_first: bool = False,
     implementation: Implementation = "auto",
 ) -> Any:
     """Scaled dot-product attention, softmax(cap(scale q kᵀ)) v over the keys that the mask shows, in float32.
@@ -192,28 +193,35 @@ def attend(
       scale: None for 1 / sqrt(H).
       soft_cap: c for logits c tanh(logits / c); None for none.
       with_lse: whether to return log-sum-exp too; not with a boolean mask.
+      heads_first: k and v are [B, K, S, H], as caches have them; not with a boolean mask.
       implementation: as `block_sparse_attention` takes it.
 
     Returns:
       o [B, T, N, H] in q's dtype, zero for a query that sees nothing; with_lse: (o, lse [B, N, T] float32).
     """
     if isinstance(mask, jax.Array | np.ndarray):
-        if with_lse or soft_cap is not None:
-            raise ValueError("attend: a boolean mask came with with_lse or soft_cap; describe the mask with a Mask.")
+        if with_lse or heads_first or soft_cap is not None:
+            raise ValueError(
+                "attend: a boolean mask came with with_lse, heads_first or soft_cap; describe the mask with a Mask."
+            )
         if q.shape[1] == 1:
             return _attend_one(q, k, v, mask, scale)
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="xla")
     mask = Mask(causal=False) if mask is None else mask
+    slots = k.shape[2 if heads_first else 1]
     if isinstance(mask, Mask):
-        mask = mask.ranges(q.shape[1], k.shape[1])
+        mask = mask.ranges(q.shape[1], slots)
     choice = dispatch.choose("attend", implementation, unsupported(q, k, v, soft_cap))
-    if (choice == "xla" and q.shape[1] * k.shape[1] <= DENSE_LOGITS) or q.shape[1] == 1:
-        seen = dense_mask(mask, k.shape[1])
+    if (choice == "xla" and q.shape[1] * slots <= DENSE_LOGITS) or q.shape[1] == 1:
+        seen = dense_mask(mask, slots)
+        if heads_first:
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if q.shape[1] == 1 and not with_lse and soft_cap is None:
             return _attend_one(q, k, v, seen, scale)
         o, lse = _attend_at_once(q, k, v, seen, scale, soft_cap)
     else:
-        o, lse = _on_mesh(q, k, v, mask, {"scale": scale, "soft_cap": soft_cap, "implementation": choice})
+        options = {"scale": scale, "soft_cap": soft_cap, "heads_first": heads_first, "implementation": choice}
+        o, lse = _on_mesh(q, k, v, mask, options)
     return (o, lse) if with_lse else o
 
 
@@ -235,7 +243,7 @@ def attend_parts(q, parts: Sequence[Part], *, implementation: Implementation = "
         else:
             keys, values = part.dequantized(q.dtype)
             mask = RangeMask(part.ranges[None])
-            outs.append(attend(queries, keys, values, mask=mask, implementation=implementation))
+            outs.append(attend(queries, keys, values, mask=mask, heads_first=True, implementation=implementation))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
 
 
@@ -277,17 +285,19 @@ def _on_mesh(q, k, v, mask: RangeMask, options):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return block_sparse_attention(q, k, v, mask, **options)
-    samples, _, heads, _ = partition_spec(k.shape, ("batch", None, "heads", None), mesh)
+    axes = ("batch", "heads", None, None) if options["heads_first"] else ("batch", None, "heads", None)
+    of_keys = partition_spec(k.shape, axes, mesh)
+    samples, heads = of_keys[0], of_keys[axes.index("heads")]
     rows = PartitionSpec(samples, None, heads, None)
     of_mask = PartitionSpec(None, samples if mask.ranges.shape[1] > 1 else None, None, None)
     pattern = mask.pattern
     if pattern is None or (heads is None and not isinstance(pattern, Tracer)):
         local = lambda q, k, v, ranges: block_sparse_attention(q, k, v, RangeMask(ranges, pattern), **options)  # noqa: E731
-        operands, specs = (q, k, v, mask.ranges), (rows, rows, rows, of_mask)
+        operands, specs = (q, k, v, mask.ranges), (rows, of_keys, of_keys, of_mask)
     else:  # heads are split: each device takes its own part of the pattern
         local = lambda q, k, v, *mask: block_sparse_attention(q, k, v, RangeMask(*mask), **options)  # noqa: E731
         operands = q, k, v, mask.ranges, jnp.asarray(pattern)
-        specs = rows, rows, rows, of_mask, PartitionSpec(heads)
+        specs = rows, of_keys, of_keys, of_mask, PartitionSpec(heads)
     out = rows, PartitionSpec(samples, heads, None)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*operands)
 

@@ -36,8 +36,8 @@ class Part(NamedTuple):
         return _shape(self.keys)[1]
 
     def dequantized(self, dtype):
-        """Keys and values [B, S, K, H] in a floating dtype."""
-        return tuple(_read(store, dtype).swapaxes(1, 2) for store in (self.keys, self.values))
+        """Keys and values [B, K, S, H] in a floating dtype."""
+        return tuple(_read(store, dtype) for store in (self.keys, self.values))
 
 
 @jax.tree_util.register_dataclass
@@ -126,6 +126,11 @@ class StreamingHeads:
         if self.sink < 0 or self.recent < 1 or self.prefill not in ("token", "chunk"):
             raise ValueError(f"{self}: wanted sink >= 0, recent >= 1 and prefill 'token' or 'chunk'.")
 
+    @property
+    def slots(self) -> int:
+        """Of a streaming head: sink + recent + 1, the newest token's own, in whole rows of 8, as kernels read them."""
+        return -(-(self.sink + self.recent + 1) // 8) * 8
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +145,7 @@ class StreamingCache:
     sees the cached tokens and all of its chunk before it, as DuoAttention's released code does: a first chunk is dense.
 
     Attributes:
-      keys, values: [L, B, K, sink + recent + 1, H], or `QuantizedKV`s. The one slot more is the newest token's own.
+      keys, values: [L, B, K, `StreamingHeads.slots`, H], or `QuantizedKV`s.
       length: tokens seen, int32: a scalar or [B].
       limit: [B] int32, see `within`; None for none.
       sink, recent: tokens kept beside the newest one.
@@ -161,7 +166,7 @@ class StreamingCache:
     def empty(cls, shape: Sequence[int], dtype, heads: StreamingHeads, *, ragged: bool = False) -> "StreamingCache":
         """A cache without tokens; shape is (L, B, K, H), dtype and ragged as in `DenseCache.empty`."""
         layers, batch, keys, width = shape
-        slots = layers, batch, keys, heads.sink + heads.recent + 1, width
+        slots = layers, batch, keys, heads.slots, width
         length = jnp.zeros(batch if ragged else (), jnp.int32)
         return cls(_empty(slots, dtype), _empty(slots, dtype), length, None, heads.sink, heads.recent, heads.prefill)
 
@@ -169,7 +174,7 @@ class StreamingCache:
 
     def extend(self, layer, keys, values) -> tuple["StreamingCache", list[Part]]:
         """As `DenseCache.extend`."""
-        tokens, slots = keys.shape[1], _shape(self.keys)[3]
+        tokens, slots = keys.shape[1], self.sink + self.recent + 1
         position = jnp.atleast_2d(self.positions(tokens))  # [B or 1, T]
         cache = self._written(layer, keys, values, position)
         if tokens == 1:
@@ -196,12 +201,11 @@ class StreamingCache:
         return cache, [Part(seen(self.keys, keys), seen(self.values, values), ranges)]
 
     def _written(self, layer, keys, values, position):
-        tokens, slots = keys.shape[1], _shape(self.keys)[3]
-        ring = self.recent + 1
+        tokens, ring = keys.shape[1], self.recent + 1
         end = position[:, -1:] + 1 if self.limit is None else jnp.minimum(position[:, -1:] + 1, self.limit[:, None])
         kept = (position < end) & ((position < self.sink) | (position >= end - ring))
         slot = jnp.where(position < self.sink, position, self.sink + (position - self.sink) % ring)
-        start = jnp.where(kept, slot, slots)  # a slot that is not there: dropped
+        start = jnp.where(kept, slot, _shape(self.keys)[3])  # a slot that is not there: dropped
         if tokens == 1 and jnp.ndim(self.length) == 0 and self.limit is None:
             start = slot[0, 0]
         else:
@@ -256,7 +260,7 @@ class MixedCache:
 
         return cls(
             [stores(count, slots) for count in heads.dense],
-            [stores(keys - count, heads.sink + heads.recent + 1) for count in heads.dense],
+            [stores(keys - count, heads.slots) for count in heads.dense],
             jnp.zeros(batch if ragged else (), jnp.int32),
             None,
             heads,

@@ -134,20 +134,20 @@ def _compile(cases, target: str, folder: str) -> None:
         os.write(2, f"\ncase {number}: {fn} of {args}\n".encode())
         args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
         jax.jit(fn).lower(*args).compile()
-        made = sorted(dumps.glob("*.ptxas"), key=lambda path: path.stat().st_mtime_ns)
-        reports.append([_read(path) for path in made])
+        # The files of one kernel do not always carry the same number; each kind comes in the order of the kernels.
+        kinds = ("*.ptxas", "*.resources.txt", "*.sass_ctrl")
+        made = [sorted(dumps.glob(kind), key=lambda path: path.stat().st_mtime_ns) for kind in kinds]
+        if made[0] and not made[2]:
+            raise CompileError("no machine code was listed: pip install nvidia-cuda-nvdisasm")
+        reports.append([_read(*files) for files in zip(*made, strict=True)])
         for path in dumps.iterdir():  # 20 MB for every kernel
             if path.name != "log.txt":
                 path.unlink()
     (dumps / "reports.pickle").write_bytes(pickle.dumps(reports))
 
 
-def _read(ptxas_file: pathlib.Path) -> KernelReport:
-    ptxas = ptxas_file.read_text()
-    resources = ptxas_file.with_suffix(".resources.txt").read_text()
-    listing = ptxas_file.with_suffix(".sass_ctrl")
-    if not listing.exists():
-        raise CompileError("no machine code was listed: pip install nvidia-cuda-nvdisasm")
+def _read(ptxas_file: pathlib.Path, resources_file: pathlib.Path, listing: pathlib.Path) -> KernelReport:
+    ptxas, resources = ptxas_file.read_text(), resources_file.read_text()
 
     def numbers(pattern, text):
         found = re.search(pattern, text)

@@ -75,7 +75,7 @@ class TestStreaming:
         _, k, v = tokens(23)
         _, cache = feed(StreamingCache.empty((1, 2, 2, 8), jnp.float32, HEADS), *tokens(23), CHUNKS["chunks"])
         for stored, given in ((cache.keys, k), (cache.values, v)):
-            held = {tuple(row) for row in np.asarray(stored[0, 1, 1])}
+            held = {tuple(row) for row in np.asarray(stored[0, 1, 1, : SINK + RECENT + 1])}
             kept = [*range(SINK), *range(23 - RECENT - 1, 23)]
             assert held == {tuple(row) for row in np.asarray(given[1, kept, 1])}
 
@@ -103,7 +103,7 @@ class TestStreaming:
     def test_memory_is_constant(self):
         cache = StreamingCache.empty((1, 2, 3, 8), jnp.bfloat16, HEADS)
         _, later = feed(cache, *tokens(400, heads=3, keys=3), (100,) * 4)
-        assert cache_bytes(later) == cache_bytes(cache) == 2 * 2 * 3 * (SINK + RECENT + 1) * 8 * 2
+        assert cache_bytes(later) == cache_bytes(cache) == 2 * 2 * 3 * 16 * 8 * 2
 
 
 class TestMixed:
@@ -117,10 +117,10 @@ class TestMixed:
         np.testing.assert_allclose(got, want, rtol=0, atol=rounding(want, 23))
 
     def test_bytes_without_padding(self):
-        """Layers of 3, 0 and 1 dense heads of 4: what each holds, and nothing else."""
+        """Layers of 3, 0 and 1 dense heads of 4, 4 + 16 + 1 slots in rows of 8: what each holds, and nothing else."""
         heads = StreamingHeads((3, 0, 1), 4, 16)
         cache = MixedCache.empty(heads, (2, 4, 100, 8), jnp.bfloat16)
-        assert cache_bytes(cache) == 2 * 2 * 8 * 2 * (4 * 100 + 8 * (4 + 16 + 1))
+        assert cache_bytes(cache) == 2 * 2 * 8 * 2 * (4 * 100 + 8 * 24)
 
     def test_impossible_counts(self):
         with pytest.raises(ValueError, match=r"\[5\] dense heads per layer; wanted 0 to 4 each"):

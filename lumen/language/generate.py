@@ -21,6 +21,7 @@ from lumen.language.decoder import Decoder
 from lumen.sampling import Sampling, draw, penalise_repeats
 
 GREEDY = Sampling(temperature=0.0)
+SLOTS = 64
 
 
 @jax.tree_util.register_dataclass
@@ -199,7 +200,9 @@ def _begin(model, prompts, max_new_tokens, sampling, penalty, stop, keys, chunk,
             row[list(prompt)] = True
 
     batch = len(lengths)
-    cache = model.empty_cache(batch, padded + max_new_tokens, cache_dtype).within(lengths)
+    # Whole blocks of slots, which a kernel reads without a copy.
+    slots = -(-(padded + max_new_tokens) // SLOTS) * SLOTS
+    cache = model.empty_cache(batch, slots, cache_dtype).within(lengths)
     last = jnp.zeros((batch, model.config.width), model.embedding[...].dtype)
     for start in range(0, padded, chunk or padded):
         cache, last = _prefill(model, tokens[:, start : start + (chunk or padded)], lengths, cache, last)

@@ -34,6 +34,7 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    heads_first: bool = False,
     implementation: Implementation = "auto",
 ):
     """Softmax attention over the keys that each query sees, and its log-sum-exp.
@@ -48,8 +49,9 @@ def block_sparse_attention(
         never read.
       mask: ranges [P, B or 1, T, 4], and the pattern of each head, [N]. As a NumPy array rather than a traced one the
         pattern lets XLA walk the blocks of each pattern separately; the kernel does so anyway.
-      scale: None for 1 / sqrt(H).
+      scale: above 0; None for 1 / sqrt(H).
       soft_cap: Gemma's bound on logits; None for none.
+      heads_first: k and v are [B, K, S, H], as caches have them.
       implementation: "auto": the kernel on a Hopper GPU that can take the case, else XLA, and the log says so once.
         "xla", "mosaic_gpu" or "interpret" run or raise.
 
@@ -59,7 +61,7 @@ def block_sparse_attention(
       ValueError: for shapes that do not fit, or an implementation that cannot run the case.
     Source: FlashAttention-2, arXiv:2307.08691, with lists of blocks.
     """
-    heads, keys = q.shape[2], k.shape[2]
+    heads, keys = q.shape[2], k.shape[1 if heads_first else 2]
     patterns, samples, queries = mask.ranges.shape[:3]
     if (
         k.shape != v.shape
@@ -74,16 +76,19 @@ def block_sparse_attention(
         pattern = None if mask.pattern is None else list(mask.pattern.shape)
         raise ValueError(
             f"block_sparse_attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, ranges "
-            f"{list(mask.ranges.shape)}, pattern {pattern}; wanted [B, T, N, H], [B, S, K, H] twice with K dividing N, "
-            "[P, B or 1, T, 4] and [N] (None if P = 1)."
+            f"{list(mask.ranges.shape)}, pattern {pattern}; wanted [B, T, N, H], "
+            f"{'[B, K, S, H]' if heads_first else '[B, S, K, H]'} twice with K dividing N, [P, B or 1, T, 4] and [N] "
+            "(None if P = 1)."
         )
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if scale <= 0:
+        raise ValueError(f"block_sparse_attention: scale={scale}; wanted a number above 0.")
     choice = dispatch.choose("block_sparse_attention", implementation, unsupported(q, k, v, soft_cap))
     pattern = mask.pattern
     known = None
     if pattern is not None and not isinstance(pattern, Tracer):
         known = tuple(np.asarray(pattern).tolist())
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    return _attention((choice, scale, soft_cap, known), q, k, v, mask.ranges, None if known else pattern)
+    return _attention((choice, scale, soft_cap, heads_first, known), q, k, v, mask.ranges, None if known else pattern)
 
 
 def unsupported(q, k, v, soft_cap: float | None = None) -> str | None:
@@ -95,11 +100,13 @@ def unsupported(q, k, v, soft_cap: float | None = None) -> str | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(how, q, k, v, ranges, pattern):
-    choice, scale, soft_cap, known = how
+    choice, scale, soft_cap, heads_first, known = how
     pattern = np.asarray(known, np.int32) if known else pattern
     if choice == "xla":
-        return reference.forward(q, k, v, RangeMask(ranges, pattern), scale=scale, soft_cap=soft_cap)
-    return mosaic_gpu.forward(q, k, v, ranges, pattern, scale=scale, **_kernel_options(choice))
+        mask = RangeMask(ranges, pattern)
+        return reference.forward(q, k, v, mask, scale=scale, soft_cap=soft_cap, heads_first=heads_first)
+    options = _kernel_options(choice, q)
+    return mosaic_gpu.forward(q, k, v, ranges, pattern, scale=scale, heads_first=heads_first, **options)
 
 
 def _forward(how, q, k, v, ranges, pattern):
@@ -108,21 +115,28 @@ def _forward(how, q, k, v, ranges, pattern):
 
 
 def _backward(how, kept, cotangents):
-    choice, scale, soft_cap, known = how
+    choice, scale, soft_cap, heads_first, known = how
     q, k, v, o, lse, ranges, pattern = kept
     do, dlse = cotangents
+    if heads_first:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     pattern = np.asarray(known, np.int32) if known else pattern
     if choice == "xla":
         mask = RangeMask(ranges, pattern)
         grads = reference.backward(q, k, v, o, lse, do, dlse, mask, scale=scale, soft_cap=soft_cap)
     else:
-        grads = mosaic_gpu.backward(q, k, v, o, lse, do, dlse, ranges, pattern, scale=scale, **_kernel_options(choice))
-    return *grads, None, None
+        grads = mosaic_gpu.backward(
+            q, k, v, o, lse, do, dlse, ranges, pattern, scale=scale, **_kernel_options(choice, q)
+        )
+    dq, dk, dv = grads
+    if heads_first:
+        dk, dv = dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+    return dq, dk, dv, None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _kernel_options(choice: str) -> dict:
+def _kernel_options(choice: str, q) -> dict:
     interpret = plgpu.InterpretGPUParams(detect_races=True) if choice == "interpret" else False
-    return {"config": mosaic_gpu.Config(), "interpret": interpret}
+    return {"config": mosaic_gpu.config_for(q.shape[3], q.dtype), "interpret": interpret}

@@ -4,17 +4,22 @@ A thread block owns 128 queries of a head and walks the list of key blocks that 
 dense and streaming heads share a launch and each costs its own blocks. One warpgroup follows the list and streams keys
 and values with TMA; two warpgroups of 64 queries multiply on the tensor cores.
 
-    forward:  S = Q K.T,  o and lse by online softmax                             over the key blocks of 128 queries
-    dq:       dS = P * (dO V.T - delta),  dq = dS K                               over the same lists
-    dk, dv:   dv = P.T dO,  dk = dS.T Q                     over the query blocks of 128 keys, and the heads that share them
+    forward:  S = Q K.T,  o and lse by online softmax                 over the key blocks of 128 queries
+    dq:       dS = P * (dO V.T - delta),  dq = dS K                   over the same lists
+    dk, dv:   dv = P.T dO,  dk = dS.T Q                               over the query blocks of 128 keys
 
-Nothing is added atomically and every sum has one order, so results repeat exactly. The heads that share a key are summed
-inside the dk, dv kernel, in float32 registers, in order of their number: a part for each head would be N / K times as
-many bytes as k and v, written in float32 and read again.
+Nothing is added atomically and every sum has one order, so results repeat exactly. The heads that share a key are
+summed inside the dk, dv kernel, in float32 registers, in order of their number: a part for each head would be N / K
+times as many bytes as k and v, written in float32 and read again.
 
 Blocks that every query sees whole come first in a list and skip the mask; in the others a key's index is compared with
 the four bounds of each row. Queries and keys that no block divides need no copy: TMA reads zeros outside an array and
-drops what is stored there, and keys past the end are in nobody's range.
+drops what is stored there, and keys past the end are in nobody's range. But the compiler wants whole swizzle tiles, so
+T or S that is no multiple of 8 costs a padded copy.
+
+In dk, dv the keys lie still and P and dS, whose rows are queries, go through shared memory, from where wgmma reads them
+transposed: what belongs to a query (lse, delta, four bounds) is then one number a row, 2 registers, not 16. With head
+dim 128 the two sums take 128 registers of 232, and no room is left for addresses kept from step to step.
 
 Every product goes through `_multiply`, which the interpreter replaces: it has no wgmma whose first operand is in
 registers. No GPU has run these kernels yet. What neither the interpreter nor the compiler has proven:
@@ -47,7 +52,7 @@ ROWS = 64  # of one wgmma tile: what a warpgroup owns
 CONSUMERS = 2  # warpgroups that multiply
 BLOCK = ROWS * CONSUMERS  # queries, in dk and dv keys, of a thread block
 HEAD_DIMS = (64, 128)
-PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +66,21 @@ class Config:
     dkv_stages: int = 3  # slots of 64 queries, dk and dv
 
 
+@functools.cache
+def tuned_rows() -> tuple[dict, ...]:
+    """The measured choices of `bench --tune`."""
+    return tuple(json.loads(pathlib.Path(__file__).with_name("tuned.json").read_text()))
+
+
+def config_for(size: int, dtype) -> Config:
+    """The measured choice for this chip, head dim and dtype, else what fits the shared memory: no measurement."""
+    here = {"device": jax.devices()[0].device_kind, "head_dim": size, "dtype": jnp.dtype(dtype).name}
+    for row in tuned_rows():
+        if all(row[key] == value for key, value in here.items()):
+            return Config(**row["config"])
+    return Config() if size == 128 else Config(stages=4, dq_stages=4, dkv_stages=4)
+
+
 def unsupported(q, k, v) -> str | None:
     """Why the kernels cannot take this case, on any chip, as the end of a sentence; None if they can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
@@ -72,7 +92,7 @@ def unsupported(q, k, v) -> str | None:
     return None
 
 
-def _multiply(total, a, b, simulate: bool):
+def _multiply(total, a, b, simulate: bool) -> Any:
     """total + a @ b in float32 on the tensor cores, finished; a is an array or a ref, b a ref, total None for zero.
 
     simulate: for the interpreter, plain loads and a product. The fence after the loads stands for wgmma reading through
@@ -84,13 +104,13 @@ def _multiply(total, a, b, simulate: bool):
         product = jnp.dot(a, b, preferred_element_type=jnp.float32)
         return product if total is None else total + product
     if total is not None:
-        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
+        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.WGMMAAccumulatorRef.init(total))
 
     def fresh(accumulator):
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(fresh, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(fresh, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def _per_row(vector, like):
@@ -129,16 +149,23 @@ def _drain(steps, stages, *free):
             plgpu.barrier_wait(barrier.at[lax.rem(step, jnp.int32(stages))])
 
 
+def _whole_tiles(x, axis: int = 1):
+    """[B, T, N, H] with zeros to a multiple of 8 rows, the height of a swizzle tile; rows are the given axis."""
+    return jnp.pad(x, [(0, -x.shape[axis] % 8 if i == axis else 0) for i in range(4)])
+
+
 def _which(pattern, heads: int):
     return jnp.zeros((heads,), jnp.int32) if pattern is None else jnp.asarray(pattern, jnp.int32)
 
 
-def forward(q, k, v, ranges, pattern, *, scale: float, config: Config, interpret: Any = False):
+def forward(
+    q, k, v, ranges, pattern, *, scale: float, config: Config, heads_first: bool = False, interpret: Any = False
+):
     """softmax(scale q kᵀ) v over the keys that each query sees, and its log-sum-exp.
 
     Args:
       q: [B, T, N, H] bfloat16 or float16, H in HEAD_DIMS.
-      k, v: [B, S, K, H]; query head n reads key head n // (N / K).
+      k, v: [B, S, K, H], with heads_first [B, K, S, H]; query head n reads key head n // (N / K).
       ranges, pattern: of a `RangeMask`.
       scale: above 0.
       config: a choice of `config_for`.
@@ -146,9 +173,11 @@ def forward(q, k, v, ranges, pattern, *, scale: float, config: Config, interpret
     Returns:
       (o [B, T, N, H] in q's dtype, lse [B, N, T] float32): 0 and -inf for a query that sees nothing.
     """
-    (batch, queries, heads, size), (slots, kv_heads), dtype = q.shape, k.shape[1:3], q.dtype
-    blocks, stages, simulate = pl.cdiv(queries, BLOCK), config.stages, bool(interpret)
+    slots, kv_heads = (k.shape[2], k.shape[1]) if heads_first else k.shape[1:3]
     lists = _lists(ranges, slots, rows=BLOCK, columns=config.keys)
+    queries, q, (k, v) = q.shape[1], _whole_tiles(q), (_whole_tiles(x, 2 if heads_first else 1) for x in (k, v))
+    (batch, _, heads, size), dtype = q.shape, q.dtype
+    blocks, stages, simulate = pl.cdiv(queries, BLOCK), config.stages, bool(interpret)
 
     def kernel(
         q_gmem, k_gmem, v_gmem, lists_gmem, bounds_gmem, pattern_gmem, o_gmem, lse_gmem,
@@ -171,9 +200,10 @@ def forward(q, k, v, ranges, pattern, *, scale: float, config: Config, interpret
             def _load(step):
                 slot = lax.rem(step, jnp.int32(stages))
                 rows = pl.ds(first_key(step), config.keys)
+                here = (sample, kv_head, rows) if heads_first else (sample, rows, kv_head)
                 for gmem, smem, full, free in ((k_gmem, k_smem, k_full, k_free), (v_gmem, v_smem, v_full, v_free)):
                     pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                    plgpu.copy_gmem_to_smem(gmem.at[sample, rows, kv_head], smem.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(gmem.at[here], smem.at[slot], full.at[slot])
 
             _drain(count, stages, k_free, v_free)
 
@@ -264,7 +294,7 @@ def forward(q, k, v, ranges, pattern, *, scale: float, config: Config, interpret
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, lists, _bounds(ranges), _which(pattern, heads))
-    return o, lse[..., :queries]
+    return o[:, :queries], lse[..., :queries]
 
 
 def backward(q, k, v, o, lse, do, dlse, ranges, pattern, *, scale: float, config: Config, interpret: Any = False):
@@ -278,18 +308,21 @@ def backward(q, k, v, o, lse, do, dlse, ranges, pattern, *, scale: float, config
     delta = jnp.einsum("BTNH,BTNH->BNT", o, do, preferred_element_type=jnp.float32) - dlse
     # With lse = inf a query that sees nothing weighs nothing, and so do the rows past the end.
     blind = lse == -jnp.inf
-    rows = jnp.stack([jnp.where(blind, jnp.inf, lse * LOG2E), jnp.where(blind, 0.0, delta)], axis=2)  # [B, N, 2, T]
-    padding = ((0, 0), (0, 0), (0, 0), (0, -q.shape[1] % BLOCK))
-    rows = jnp.pad(rows, padding, constant_values=jnp.inf)
+    lse, delta = jnp.where(blind, jnp.inf, lse * LOG2E), jnp.where(blind, 0.0, delta)
+    padding = ((0, 0), (0, 0), (0, -q.shape[1] % BLOCK))
+    lse, delta = jnp.pad(lse, padding, constant_values=jnp.inf), jnp.pad(delta, padding)
+    rows = jnp.stack([lse, delta], axis=2)  # [B, N, 2, T in whole blocks]
     operands = q, k, v, do.astype(q.dtype), rows, ranges, _which(pattern, q.shape[2])
-    dq = _query_gradient(*operands, scale=scale, stages=config.dq_stages, interpret=interpret)
-    return dq, *_key_gradients(*operands, scale=scale, stages=config.dkv_stages, interpret=interpret)
+    dq = query_gradient(*operands, scale=scale, stages=config.dq_stages, interpret=interpret)
+    return dq, *key_gradients(*operands, scale=scale, stages=config.dkv_stages, interpret=interpret)
 
 
-def _query_gradient(q, k, v, do, rows, ranges, pattern, *, scale, stages, interpret):
-    (batch, queries, heads, size), (slots, kv_heads), dtype = q.shape, k.shape[1:3], q.dtype
+def query_gradient(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: int, interpret: Any = False):
+    """dq; rows is [B, N, 2, T in whole blocks] float32, lse in units of log2 and delta."""
+    lists = _lists(ranges, k.shape[1], rows=BLOCK, columns=BLOCK)
+    queries, (q, k, v, do) = q.shape[1], (_whole_tiles(x) for x in (q, k, v, do))
+    (batch, _, heads, size), kv_heads, dtype = q.shape, k.shape[2], q.dtype
     blocks, simulate = pl.cdiv(queries, BLOCK), bool(interpret)
-    lists = _lists(ranges, slots, rows=BLOCK, columns=BLOCK)
 
     def kernel(
         q_gmem, k_gmem, v_gmem, do_gmem, rows_gmem, lists_gmem, bounds_gmem, pattern_gmem, dq_gmem,
@@ -362,7 +395,7 @@ def _query_gradient(q, k, v, do, rows, ranges, pattern, *, scale, stages, interp
             plgpu.wait_smem_to_gmem(0)
 
     tile, ring = plgpu.SMEM((CONSUMERS, ROWS, size), dtype), plgpu.SMEM((stages, BLOCK, size), dtype)
-    return plgpu.kernel(
+    dq = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(q.shape, dtype),
         grid=(blocks, batch, heads),
@@ -382,31 +415,37 @@ def _query_gradient(q, k, v, do, rows, ranges, pattern, *, scale, stages, interp
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, do, rows, lists, _bounds(ranges), pattern)
+    return dq[:, :queries]
 
 
-def _key_gradients(q, k, v, do, rows, ranges, pattern, *, scale, stages, interpret):
-    (batch, _, heads, size), (slots, kv_heads), dtype = q.shape, k.shape[1:3], q.dtype
+def key_gradients(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: int, interpret: Any = False):
+    """(dk, dv); arguments as `query_gradient`."""
+    lists = _lists(ranges, k.shape[1], rows=ROWS, columns=BLOCK, transposed=True)
+    slots, (q, k, v, do) = k.shape[1], (_whole_tiles(x) for x in (q, k, v, do))
+    (batch, _, heads, size), kv_heads, dtype = q.shape, k.shape[2], q.dtype
     group, simulate = heads // kv_heads, bool(interpret)
-    lists = _lists(ranges, slots, rows=ROWS, columns=BLOCK, transposed=True)
 
     def kernel(
-        q_gmem, k_gmem, v_gmem, do_gmem, rows_gmem, lists_gmem, bounds_gmem, pattern_gmem, dk_gmem, dv_gmem,
-        k_smem, v_smem, q_smem, do_smem, rows_smem, bounds_smem, tile_smem, kv_full, full, free,
+        q_gmem, k_gmem, v_gmem, do_gmem, rows_gmem, lists_gmem, counts_gmem, bounds_gmem, pattern_gmem,
+        dk_gmem, dv_gmem, k_smem, v_smem, q_smem, do_smem, rows_smem, bounds_smem, tile_smem, kv_full, full, free,
     ):  # fmt: skip
         axes = "warpgroup", "head", "sample", "block"  # under a causal mask the first block has the longest list
         warpgroup, kv_head, sample, block = (lax.axis_index(name) for name in axes)
 
-        def list_of(member):
-            head = kv_head * group + member
-            mask = pattern_gmem[head], sample if ranges.shape[1] > 1 else 0
-            return head, mask, lists_gmem[*mask, block, 0], lists_gmem[*mask, block, 1]
+        one_sample = sample if ranges.shape[1] > 1 else 0
+
+        def entries(member):
+            """How many blocks a head of the group sees whole, and sees."""
+            here = kv_head * group + member, one_sample, block
+            return counts_gmem[*here, 0], counts_gmem[*here, 1]
 
         @pl.when(warpgroup == CONSUMERS)
         def _produce():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
             def one_head(member, before):
-                head, mask, _, count = list_of(member)
+                head, (_, count) = kv_head * group + member, entries(member)
+                mask = pattern_gmem[head], one_sample
 
                 @pl.loop(0, count)
                 def _load(i):
@@ -427,17 +466,17 @@ def _key_gradients(q, k, v, do, rows, ranges, pattern, *, scale, stages, interpr
 
         @pl.when(warpgroup < CONSUMERS)
         def _consume():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             first_key = block * BLOCK + warpgroup * ROWS
             mine = sample, pl.ds(first_key, ROWS), kv_head
-            keys, values, tile = (smem.at[warpgroup] for smem in (k_smem, v_smem, tile_smem))
+            keys, values = k_smem.at[warpgroup], v_smem.at[warpgroup]
             plgpu.copy_gmem_to_smem(k_gmem.at[mine], keys, kv_full.at[warpgroup])
             plgpu.copy_gmem_to_smem(v_gmem.at[mine], values, kv_full.at[warpgroup])
             plgpu.barrier_wait(kv_full.at[warpgroup])
 
-            def add_transposed(total, left, right):
+            def add_transposed(total, left, right, tile):
                 """total + left.T @ right; left goes through shared memory, where wgmma can read it transposed."""
-                tile_smem[warpgroup] = left.astype(dtype)
+                tile[...] = left.astype(dtype)
                 plgpu.commit_smem()
                 return _multiply(total, tile.transpose((1, 0)), right, simulate)
 
@@ -446,22 +485,25 @@ def _key_gradients(q, k, v, do, rows, ranges, pattern, *, scale, stages, interpr
                 slot = lax.rem(before + i, jnp.int32(stages))
                 plgpu.barrier_wait(full.at[slot])
                 queries, cotangents = q_smem.at[slot], do_smem.at[slot]
+                # Addresses that the compiler cannot take out of the loop: it would keep each product's in registers.
+                own = lax.optimization_barrier(warpgroup)
+                keys, values, tile = k_smem.at[own], v_smem.at[own], tile_smem.at[own]
                 logits = _multiply(None, queries, keys.transpose((1, 0)), simulate)
                 lse = plgpu.load(rows_smem.at[slot, 0], layout=PER_ROW)
                 weights = jnp.exp2(logits * (scale * LOG2E) - _per_row(lse, logits))
                 if masked:
                     bounds = [plgpu.load(bounds_smem.at[slot, i], layout=PER_ROW) for i in range(4)]
                     weights = jnp.where(_visible(bounds, weights.shape, first_key), weights, 0.0)
-                dv = add_transposed(dv, weights, cotangents)
+                dv = add_transposed(dv, weights, cotangents, tile)
                 dweights = _multiply(None, cotangents, values.transpose((1, 0)), simulate)
                 delta = plgpu.load(rows_smem.at[slot, 1], layout=PER_ROW)
-                dk = add_transposed(dk, weights * (dweights - _per_row(delta, dweights)), queries)
+                dk = add_transposed(dk, weights * (dweights - _per_row(delta, dweights)), queries, tile)
                 plgpu.barrier_arrive(free.at[slot])
                 return dk, dv
 
             def one_head(member, carry):
                 before, dk, dv = carry
-                _, _, whole, count = list_of(member)
+                whole, count = entries(member)
                 part = functools.partial(meet, before=before)
                 carry = lax.fori_loop(0, whole, functools.partial(part, masked=False), (dk, dv))
                 return before + count, *lax.fori_loop(whole, count, functools.partial(part, masked=True), carry)
@@ -476,7 +518,7 @@ def _key_gradients(q, k, v, do, rows, ranges, pattern, *, scale, stages, interpr
             plgpu.wait_smem_to_gmem(0)
 
     tile, ring = plgpu.SMEM((CONSUMERS, ROWS, size), dtype), plgpu.SMEM((stages, ROWS, size), dtype)
-    return plgpu.kernel(
+    dk, dv = plgpu.kernel(
         kernel,
         out_type=(jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)),
         grid=(pl.cdiv(slots, BLOCK), batch, kv_heads),
@@ -498,4 +540,5 @@ def _key_gradients(q, k, v, do, rows, ranges, pattern, *, scale, stages, interpr
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, do, rows, lists, _bounds(ranges), pattern)
+    )(q, k, v, do, rows, lists, lists[pattern, ..., :2], _bounds(ranges), pattern)
+    return dk[:, :slots], dv[:, :slots]

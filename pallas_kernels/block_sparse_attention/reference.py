@@ -19,14 +19,15 @@ from pallas_kernels.block_sparse_attention.mask import RangeMask, block_table
 ROWS, COLUMNS = 256, 256  # queries and keys of a block
 
 
-def forward(q, k, v, mask: RangeMask, *, scale: float, soft_cap: float | None):
+def forward(q, k, v, mask: RangeMask, *, scale: float, soft_cap: float | None, heads_first: bool = False):
     """(o [B, T, N, H] in q's dtype, log-sum-exp [B, N, T] float32); arguments as `block_sparse_attention`."""
-    parts = [
-        _forward(*_take_heads(part, q, k, v), part.ranges, scale=scale, soft_cap=soft_cap)
-        for part in _parts(mask, q.shape[2], k.shape[2])
-    ]
-    o, lse = zip(*parts, strict=True)
-    return _put_heads(mask, q.shape[2], k.shape[2], o, 2), _put_heads(mask, q.shape[2], k.shape[2], lse, 1)
+    heads, keys, axis = q.shape[2], k.shape[1 if heads_first else 2], 1 if heads_first else 2
+    outs = []
+    for part in _parts(mask, heads, keys):
+        own = _take(q, part.queries, 2), _take(k, part.keys, axis), _take(v, part.keys, axis)
+        outs.append(_forward(*own, part.ranges, scale=scale, soft_cap=soft_cap, heads_first=heads_first))
+    o, lse = zip(*outs, strict=True)
+    return _put_heads(mask, heads, keys, o, 2), _put_heads(mask, heads, keys, lse, 1)
 
 
 def backward(q, k, v, o, lse, do, dlse, mask: RangeMask, *, scale: float, soft_cap: float | None):
@@ -37,7 +38,8 @@ def backward(q, k, v, o, lse, do, dlse, mask: RangeMask, *, scale: float, soft_c
     for part in _parts(mask, q.shape[2], k.shape[2]):
         rows = {"do": _take(do, part.queries, 2)}
         rows |= {"lse": _take(lse, part.queries, 1), "delta": _take(delta, part.queries, 1)}
-        grads.append(_backward(*_take_heads(part, q, k, v), part.ranges, **rows, scale=scale, soft_cap=soft_cap))
+        own = _take(q, part.queries, 2), _take(k, part.keys, 2), _take(v, part.keys, 2)
+        grads.append(_backward(*own, part.ranges, **rows, scale=scale, soft_cap=soft_cap))
     dq, dk, dv = zip(*grads, strict=True)
     return (
         _put_heads(mask, q.shape[2], k.shape[2], dq, 2),
@@ -84,10 +86,6 @@ def _take(array, heads: tuple[int, ...], axis: int):
     return jnp.take(array, np.asarray(heads), axis=axis)
 
 
-def _take_heads(part: _Part, q, k, v):
-    return _take(q, part.queries, 2), _take(k, part.keys, 2), _take(v, part.keys, 2)
-
-
 def _put_heads(mask: RangeMask, heads: int, keys: int, arrays, axis: int, *, of_keys: bool = False):
     """Arrays of the parts as one with the heads in their own order."""
     if len(arrays) == 1:
@@ -120,9 +118,8 @@ class _Walk(NamedTuple):
         return sample, turn * self.at_once, first, (jnp.minimum(sample, self.indices.shape[0] - 1), block)
 
 
-def _walk(q, k, ranges) -> _Walk:
+def _walk(q, slots, keys, ranges) -> _Walk:
     batch, queries = q.shape[:2]
-    slots, keys = k.shape[1:3]
     rows, columns = min(ROWS, queries), min(COLUMNS, slots)
     seen, whole = block_table(ranges, slots, rows=rows, columns=columns)
     if queries % rows:  # the last block is moved up and repeats rows of the one before it: it needs what both see
@@ -157,9 +154,11 @@ def _row_numbers(walk: _Walk, array, sample, key, first):
     return block.reshape(walk.at_once, group, walk.rows, 1)
 
 
-def _columns(walk: _Walk, array, sample, key, block):
-    """A block of keys or values of [B, S, K, H]: [k, c, H]. The last one is moved to fit in."""
-    start = jnp.minimum(block * walk.columns, array.shape[1] - walk.columns)
+def _columns(walk: _Walk, array, sample, key, block, heads_first=False):
+    """A block of keys or values of [B, S, K, H] or [B, K, S, H]: [k, c, H]. The last one is moved to fit in."""
+    start = jnp.minimum(block * walk.columns, array.shape[2 if heads_first else 1] - walk.columns)
+    if heads_first:
+        return lax.dynamic_slice(array, (sample, key, start, 0), (1, walk.at_once, walk.columns, array.shape[3]))[0]
     block = lax.dynamic_slice(array, (sample, start, key, 0), (1, walk.columns, walk.at_once, array.shape[3]))
     return block[0].swapaxes(0, 1)
 
@@ -184,9 +183,10 @@ def _logits(q, k, scale, soft_cap):
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
-def _forward(q, k, v, ranges, *, scale, soft_cap):
-    walk = _walk(q, k, ranges)
-    group = q.shape[2] // k.shape[2]
+def _forward(q, k, v, ranges, *, scale, soft_cap, heads_first):
+    slots, keys = (k.shape[2], k.shape[1]) if heads_first else k.shape[1:3]
+    walk = _walk(q, slots, keys, ranges)
+    group = q.shape[2] // keys
 
     def step(number, outs):
         sample, key, first, row = walk.of(number)
@@ -195,13 +195,13 @@ def _forward(q, k, v, ranges, *, scale, soft_cap):
         def meet(at, carry, *, masked):
             largest, total, weighted = carry
             block = walk.indices[*row, at]
-            logits = _logits(queries, _columns(walk, k, sample, key, block), scale, soft_cap)
+            logits = _logits(queries, _columns(walk, k, sample, key, block, heads_first), scale, soft_cap)
             if masked:
-                seen = _seen(walk, k.shape[1], sample, key, first, block, group)
+                seen = _seen(walk, slots, sample, key, first, block, group)
                 logits = jnp.where(seen, logits, -jnp.inf)
             larger = jnp.maximum(largest, logits.max(axis=-1, keepdims=True))
             weights, kept = jnp.exp(logits - larger), jnp.exp(largest - larger)
-            values = _columns(walk, v, sample, key, block)
+            values = _columns(walk, v, sample, key, block, heads_first)
             values = jnp.einsum("KGRC,KCH->KGRH", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
             return larger, total * kept + weights.sum(axis=-1, keepdims=True), weighted * kept + values
 
@@ -223,7 +223,7 @@ def _forward(q, k, v, ranges, *, scale, soft_cap):
 
 
 def _backward(q, k, v, ranges, *, do, lse, delta, scale, soft_cap):
-    walk = _walk(q, k, ranges)
+    walk = _walk(q, k.shape[1], k.shape[2], ranges)
     group = q.shape[2] // k.shape[2]
     own = q.shape[1] - (walk.blocks - 1) * walk.rows  # rows of the last block that none before it has
 

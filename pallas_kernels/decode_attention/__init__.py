@@ -30,9 +30,9 @@ def decode_attention(
 
     o = sum_s exp(scale q k_s - lse) v_s, lse = log sum_s exp(scale q k_s), over s in [r0, r1) and [r2, r3). Logits,
     softmax and sums are float32; weights are rounded to the dtype of the products before they meet v. A head that sees
-    nothing gets o = 0 and lse = -inf. Blocks of 64 slots without a visible one are never read; what lies beside the
-    visible ones in a block that is read must be finite. Two results over different slots, say a cache and the token
-    itself, are merged by their lse. Not differentiable in reverse.
+    nothing gets o = 0 and lse = -inf. What no range shows may be anything, NaN included; the kernel reads no block
+    of 64 slots without a visible one. Two results over different slots, say a cache and the token itself, are merged by
+    their lse. Not differentiable in reverse.
 
     Slots in a row, ranges of a key head:
 
@@ -45,7 +45,7 @@ def decode_attention(
       keys, values: [B, K, S, H], arrays or QuantizedKV; with a table they are pools of pages, [P, K, page, H].
       ranges: [B or 1, K or 1, 4] int32, 0 <= r0 <= r1 <= r2 <= r3 <= S; with a table up to M * page.
       table: None, or [B, K or 1, M] int32: slot s lies in page table[b, k, s // page], at s % page. What stands for
-        blocks that no range touches is not read.
+        blocks that no range touches may be anything.
       scale: None for 1 / sqrt(H).
       implementation: "auto": the kernel on a Hopper GPU that can take the case, else XLA, and the log says so once.
         "xla", "mosaic_gpu" or "interpret" run or raise.
@@ -64,9 +64,7 @@ def decode_attention(
         return reference.decode_attention(q, keys, values, ranges, table, scale=scale)
     interpret = plgpu.InterpretGPUParams(detect_races=True) if choice == "interpret" else False
     config = mosaic_gpu.config_for(q, keys, table)
-    return mosaic_gpu.decode_attention(
-        q, keys, values, ranges, table, scale=scale, config=config, interpret=interpret
-    )
+    return mosaic_gpu.decode_attention(q, keys, values, ranges, table, scale=scale, config=config, interpret=interpret)
 
 
 def _check(q, keys, values, ranges, table):
@@ -85,9 +83,9 @@ def _check(q, keys, values, ranges, table):
     ):
         raise ValueError(
             f"decode_attention: q {list(q.shape)}, keys {list(keys.shape)}, values {list(values.shape)}, ranges "
-            f"{list(ranges.shape)}, table {table if table is None else list(table.shape)}; wanted q [B, N, H], keys and "
-            "values [B, K, S, H] with K dividing N, or pages [P, K, page, H] and a table [B, K or 1, M], and ranges "
-            "[B or 1, K or 1, 4]. Take one layer of stacked caches."
+            f"{list(ranges.shape)}, table {table if table is None else list(table.shape)}; wanted q [B, N, H], keys "
+            "and values [B, K, S, H] with K dividing N, or pages [P, K, page, H] and a table [B, K or 1, M], and "
+            "ranges [B or 1, K or 1, 4]. Take one layer of stacked caches."
         )
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"decode_attention: q is {q.dtype}; wanted bfloat16, float16 or float32.")

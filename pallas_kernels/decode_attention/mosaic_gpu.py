@@ -2,8 +2,8 @@
 
 A thread block of one warpgroup owns a share of the blocks of 64 slots that one key head of one row sees. It keeps a few
 of them on their way to shared memory, and multiplies on the tensor cores; its part (o, lse) is merged by XLA in a fixed
-order, so results repeat exactly. The list of blocks is arithmetic on the ranges: dense heads, sink and ring, and windows
-over a dense cache share a launch, and each costs its own blocks.
+order, so results repeat exactly. The list of blocks is arithmetic on the ranges: dense heads, sink and ring, and a
+window over a dense cache share a launch, and each costs its own blocks.
 
 Products are transposed, so that the slots fill the 64 rows of a wgmma and the query heads that share a key head are its
 columns, 8 or 16 of them:
@@ -16,8 +16,9 @@ to a tile of 16 bits. A token's scale and zero meet its logit and its weight, ne
     q (code - zero) scale = scale (q code - zero sum(q))
     sum_s p_s (code_s - zero_s) scale_s = sum_s (p_s scale_s) code_s - sum_s p_s scale_s zero_s
 
-A cache is seen as rows of H channels, a page or a row of it as a first row; nothing is copied. The last block of a cache
-whose slots are no multiple of 64 starts early enough to end with it, and skips what the block before has seen.
+A page of a head and a whole row of a head are the same to the kernel: [.., slots, H], seen through a first index and an
+offset. S need not be a multiple of 64, only of 8, and nothing is copied: TMA reads zeros outside an array, and scales
+and zeros, read as one long vector, run into the next head's, which no range shows. Below 64 slots a copy is padded.
 
 Every product goes through `_multiply`, which the interpreter replaces: it has no wgmma whose first operand is in
 registers. No GPU has run this kernel yet. What neither the interpreter nor the compiler has proven:
@@ -118,6 +119,8 @@ def unsupported(q, keys, values, table) -> str | None:
         return f"{q.shape[1] // keys.shape[1]} query heads share a key head and the kernel takes {MOST_HEADS}"
     if table is not None and keys.shape[2] != BLOCK:
         return f"a page has {keys.shape[2]} slots and the kernel takes {BLOCK}"
+    if keys.shape[2] > BLOCK and keys.shape[2] % 8:  # the compiler tiles memory by 8 rows
+        return f"rows have {keys.shape[2]} slots and the kernel takes multiples of 8: allocate a few more"
     if 0 in (*q.shape, *keys.shape) or (table is not None and 0 in table.shape):
         return "there is nothing to attend to"
     if math.prod(keys.shape[:3]) >= 2**31:
@@ -125,7 +128,7 @@ def unsupported(q, keys, values, table) -> str | None:
     return None
 
 
-def _multiply(total, a, b, simulate: bool):
+def _multiply(total, a, b, simulate: bool) -> Any:
     """total + a @ b in float32 on the tensor cores, finished; a is an array or a ref, b a ref, total None for zero.
 
     simulate: for the interpreter, plain loads and a product. The fence after the loads stands for wgmma reading through
@@ -137,13 +140,13 @@ def _multiply(total, a, b, simulate: bool):
         product = jnp.dot(a, b, preferred_element_type=jnp.float32)
         return product if total is None else total + product
     if total is not None:
-        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
+        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.WGMMAAccumulatorRef.init(total))
 
     def fresh(accumulator):
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(fresh, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(fresh, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def widen(stored, bits: int):
@@ -171,12 +174,12 @@ def _constant(value: float, shape, layout):
 
 
 def _flat(store, slots: int):
-    """Rows of codes or channels, and of the scales and zeros beside them; short caches are padded to one block."""
+    """Channels or codes [B K, S, H], scales and zeros [B K S]; caches shorter than a block are padded to one."""
 
     def flat(array):
         if array.shape[2] < slots:
             array = jnp.pad(array, ((0, 0), (0, 0), (0, slots - array.shape[2]), *[(0, 0)] * (array.ndim - 3)))
-        return array.reshape(-1, *array.shape[3:])
+        return array.reshape(-1, *array.shape[2:]) if array.ndim == 4 else array.reshape(-1)
 
     return [flat(array) for array in jax.tree.leaves(store)]
 
@@ -222,51 +225,51 @@ def decode_attention(q, keys, values, ranges, table, *, scale: float, config: Co
         count = jnp.clip(blocks[-1] - begin, 0, share)
 
         def place(step):
-            """Of the step-th block of this share: its first slot, and where that lies in the cache."""
-            block = nth_block(blocks, begin + step)
+            """Of a block of this share: its first slot; the page, or row of the cache, and the offset in it."""
+            start = nth_block(blocks, begin + step) * BLOCK
             if table is None:
-                start = jnp.minimum(block * BLOCK, slots - BLOCK)
-                return start, (sample * kv_heads + head) * slots + start
-            entry = (sample * table.shape[1] + (head if table.shape[1] > 1 else 0)) * table.shape[2] + block
-            return block * BLOCK, (table_gmem[entry] * kv_heads + head) * BLOCK
+                return start, sample * kv_heads + head, start
+            entry = (sample * table.shape[1] + (head if table.shape[1] > 1 else 0)) * table.shape[2]
+            return start, table_gmem[entry + lax.div(start, jnp.int32(BLOCK))] * kv_heads + head, 0
 
-        def fetch(step, row):
+        def fetch(step, row, offset):
             slot = lax.rem(step, jnp.int32(stages))
             for arrays, ring in zip(cache, rings, strict=True):
                 for array, buffer in zip(arrays, ring, strict=True):
-                    plgpu.copy_gmem_to_smem(array.at[pl.ds(row, BLOCK)], buffer.at[slot], arrived.at[slot])
+                    here = (row, pl.ds(offset, BLOCK)) if len(array.shape) == 3 else pl.ds(row * slots + offset, BLOCK)
+                    plgpu.copy_gmem_to_smem(array.at[here], buffer.at[slot], arrived.at[slot])
 
         plgpu.copy_gmem_to_smem(q_gmem.at[sample, head], q_smem, setup)
         if quantized:
             sums_smem, wide_smem = refs
             plgpu.copy_gmem_to_smem(sums_gmem.at[sample, head], sums_smem, setup)
-        pl.loop(0, jnp.minimum(count, stages))(lambda step: fetch(step, place(step)[1]))
+        pl.loop(0, jnp.minimum(count, stages))(lambda step: fetch(step, *place(step)[1:]))
         plgpu.barrier_wait(setup)
 
         def side(ring, number, slot, shown):
             """A scale (1) or zero (2) of each slot, [C, G]; what nobody sees may be NaN."""
             vector = plgpu.load(ring[number].at[slot], layout=PER_SLOT).astype(jnp.float32)
-            vector = vector - 128.0 if (number, bits) == (2, 8) else vector  # as the codes are stored
+            vector = vector - 128.0 if (number, bits) == (2, 8) else vector
             return jnp.where(shown, _per_slot(vector, shown), 0.0)
 
         def attend(step, carry):
             weighted, largest, total, zeros = carry
             slot = lax.rem(step, jnp.int32(stages))
-            upcoming = place(jnp.minimum(step + stages, count - 1))[1]  # the table is read long before it is needed
-            start, _ = place(step)
-            first = nth_block(blocks, begin + step) * BLOCK
+            _, *upcoming = place(jnp.minimum(step + stages, count - 1))  # the table is read long before it is needed
+            start = nth_block(blocks, begin + step) * BLOCK
             plgpu.barrier_wait(arrived.at[slot])
 
             def is_shown(index):
-                return (((index >= r0) & (index < r1)) | ((index >= r2) & (index < r3))) & (index >= first)
+                return ((index >= r0) & (index < r1)) | ((index >= r2) & (index < r3))
 
             def indices(shape):
                 return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + start
 
             shown = is_shown(indices((BLOCK, columns)))
             if quantized:
+                width = head_dim // halves
                 stored = plgpu.load(rings[0][0].at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X)
-                logits, width = None, head_dim // halves
+                logits: Any = None
                 for half, tile in enumerate(widen(stored, bits)):
                     channels = q_smem.at[:, pl.ds(half * width, width)].transpose((1, 0))
                     logits = _multiply(logits, plgpu.layout_cast(tile, plgpu.Layout.WGMMA), channels, simulate)
@@ -301,7 +304,7 @@ def decode_attention(q, keys, values, ranges, table, *, scale: float, config: Co
             plgpu.commit_smem()
             weighted = weighted * _per_head(kept, weighted)
             weighted = _multiply(weighted, values_smem.transpose((1, 0)), weights_smem.transpose((1, 0)), simulate)
-            pl.when(step + stages < count)(lambda: fetch(step + stages, upcoming))
+            pl.when(step + stages < count)(lambda: fetch(step + stages, *upcoming))
             return weighted, larger, total, zeros
 
         zero = _constant(0.0, (BLOCK, columns), plgpu.Layout.WGMMA)
@@ -326,7 +329,7 @@ def decode_attention(q, keys, values, ranges, table, *, scale: float, config: Co
         plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[sample, head, part])
         plgpu.wait_smem_to_gmem(0)
 
-    rings = [plgpu.SMEM((stages, BLOCK, *array.shape[1:]), array.dtype) for array in (*stores[0], *stores[1])]
+    rings = [plgpu.SMEM((stages, BLOCK, *array.shape[2:]), array.dtype) for array in (*stores[0], *stores[1])]
     o, lse = plgpu.kernel(
         kernel,
         out_type=(

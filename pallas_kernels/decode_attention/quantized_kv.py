@@ -53,7 +53,8 @@ def quantize_kv(x, bits: int, dtype=jnp.float16) -> QuantizedKV:
       ValueError: for other bits or dtypes, or an odd H in 4 bits.
     Source: QServe, arXiv:2405.04532, section 4.2; its kernels' KV4 and asymmetric KV8. Deviations: max - min is raised
       to n / 15000 of the largest |x| (4 bits: 1/1000), where the source divides by zero for a constant vector or
-      overflows; and codes are clipped, where the source keeps the low four bits.
+      overflows; the zero belongs to the rounded scale where that is subnormal; and codes are clipped, where the source
+      keeps the low four bits.
     """
     if bits not in (8, 4) or dtype not in (jnp.float16, jnp.float32) or (bits == 4 and x.shape[-1] % 2):
         raise ValueError(
@@ -65,7 +66,10 @@ def quantize_kv(x, bits: int, dtype=jnp.float16) -> QuantizedKV:
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
     # The last floor is a scale that float16 still holds, for vectors of zeros.
     span = jnp.maximum(jnp.maximum(high - low, largest * (levels / LARGEST_ZERO)), levels * 2.0**-24)
-    scale, zero = (span / levels).astype(dtype), (-levels * low / span).astype(dtype)
+    scale = (span / levels).astype(dtype)
+    # Where rounding changes the scale much, the zero has to follow.
+    coarse = scale < jnp.finfo(dtype).smallest_normal
+    zero = jnp.where(coarse, -low / scale.astype(jnp.float32), -levels * low / span).astype(dtype)
     code = x * (1 / scale.astype(jnp.float32))[..., None] + zero.astype(jnp.float32)[..., None]
     code = jnp.clip(jnp.round(code), 0, levels).astype(jnp.uint8)
     if bits == 8:
