@@ -238,8 +238,7 @@ def attend_parts(q, parts: Sequence[Part], *, implementation: Implementation = "
     for part in parts:
         queries = q[:, :, first : (first := first + group * part.heads)]
         if q.shape[1] == 1:
-            out = decode_attention(queries[:, 0], part.keys, part.values, part.ranges, implementation=implementation)[0]
-            outs.append(out[:, None])
+            outs.append(_attend_cache(queries[:, 0], part, implementation)[:, None])
         else:
             keys, values = part.dequantized(q.dtype)
             mask = RangeMask(part.ranges[None])
@@ -300,6 +299,22 @@ def _on_mesh(q, k, v, mask: RangeMask, options):
         specs = rows, of_keys, of_keys, of_mask, PartitionSpec(heads)
     out = rows, PartitionSpec(samples, heads, None)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*operands)
+
+
+def _attend_cache(q, part: Part, implementation: Implementation):
+    """`decode_attention` of q [B, N, H] to a part of a cache, on a mesh each device's own samples and heads."""
+
+    def local(q, keys, values, ranges):
+        return decode_attention(q, keys, values, ranges, implementation=implementation)[0]
+
+    mesh = jax.sharding.get_abstract_mesh()
+    operands = q, part.keys, part.values, part.ranges
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return local(*operands)
+    samples, heads = partition_spec(part.keys.shape[:2], ("batch", "heads"), mesh)
+    own = PartitionSpec(samples, heads)
+    specs = own, own, own, PartitionSpec(samples if part.ranges.shape[0] > 1 else None)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)(*operands)
 
 
 def _grouped(mask, keys: int):

@@ -10,6 +10,7 @@ import pytest
 
 from lumen.attention import Full, Mask, Streaming, attend, attend_parts
 from lumen.kv_cache import DenseCache, MixedCache, StreamingCache, StreamingHeads, cache_bytes
+from lumen.sharding import make_mesh
 from pallas_kernels.decode_attention import dequantize_kv, quantize_kv
 
 SINK, RECENT = 3, 5
@@ -181,3 +182,16 @@ class TestQuantized:
         """Codes, and a float16 scale and zero for each token of each head of keys and values."""
         cache = DenseCache.empty((3, 2, 4, 100, 8), f"int{bits}")
         assert cache_bytes(cache) == 2 * 3 * 2 * 4 * 100 * (width + 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("sizes", [(9, 1, 1, 1), (5, 4, 3)])
+def test_on_a_mesh(dtype, sizes):
+    """Samples over fsdp, heads over tensor: each device its own, and the same numbers."""
+    q, k, v = tokens(12, batch=4, heads=8, keys=4)
+    heads = dataclasses.replace(HEADS, dense=(2,))
+    for cache in (MixedCache.empty(heads, (4, 4, 16, 8), dtype), DenseCache.empty((1, 4, 4, 16, 8), dtype)):
+        want, _ = feed(cache, q, k, v, sizes)
+        with jax.set_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
+            got, _ = feed(cache, q, k, v, sizes)
+        np.testing.assert_allclose(got, want, rtol=0, atol=rounding(want, 23))
