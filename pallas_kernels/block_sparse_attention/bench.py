@@ -2,6 +2,7 @@
 
     python -m pallas_kernels.block_sparse_attention.bench                      # prefill, 8k to 128k tokens
     python -m pallas_kernels.block_sparse_attention.bench --tokens 4096 --dense 1.0 0.5
+    python -m pallas_kernels.block_sparse_attention.bench --alone --tokens 131072 --dense 0   # memory, forward only
     python -m pallas_kernels.block_sparse_attention.bench --tune               # on a Hopper GPU: writes tuned.json
 
 One row of JSON per number of tokens, share of dense (causal) heads and direction; the other heads see --sink first and
@@ -12,7 +13,8 @@ us: the op. us_dense: on a GPU cuDNN's causal attention of all heads, elsewhere 
 times_faster: us_dense / us. `flops` are those of the kernel's lists of blocks, so a streaming head counts what it
 computes: two products forward, five more for the gradients, whatever an implementation computes twice. tflops:
 flops / us. `floor_us` is flops / peak, `of_floor` the share of it that was reached; both are absent where the chip is
-not in the table.
+not in the table. With --alone nothing else runs, so the length is not bounded by the peer's logits, and there is instead
+temporary_mib, what the compiled program holds beside inputs and outputs, and peak_mib, the most this process ever held.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import functools
 import itertools
 import json
 import pathlib
+import resource
 import statistics
 import time
 
@@ -40,9 +43,11 @@ DENSE = (1.0, 0.5, 0.25)
 
 def make(tokens: int, dense: float, size: int, dtype, *, sink: int, recent: int, heads: int, kv_heads: int):
     """(q, k, v, mask): the first key heads are dense, the others streaming."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (1, tokens, heads, size), dtype)
-    k, v = (jax.random.normal(key, (1, tokens, kv_heads, size), dtype) for key in keys[1:])
+    rng = np.random.default_rng(0)  # NumPy draws in place: no more memory than the operands'
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((1, tokens, count, size), np.float32), dtype)
+        for count in (heads, kv_heads, kv_heads)
+    )
     stop = np.arange(tokens, dtype=np.int32) + 1
     first = np.minimum(sink, stop)
     causal = np.stack([0 * stop, stop, stop, stop], axis=-1)
@@ -82,14 +87,14 @@ def dense_attention(q, k, v):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
 
-def measure(tokens: int, dense: float, backward: bool, repeats: int, **shape) -> dict:
+def measure(tokens: int, dense: float, backward: bool, repeats: int, *, alone: bool = False, **shape) -> dict:
     """One row."""
     q, k, v, mask = make(tokens, dense, **shape)
 
     def op(q, k, v):
         return block_sparse_attention(q, k, v, mask)[0]
 
-    programs = {"us": op, "us_dense": dense_attention}
+    programs = {"us": op} if alone else {"us": op, "us_dense": dense_attention}
     if backward:
         programs = {name: gradients(program) for name, program in programs.items()}
     us = time_in_turn(programs, (q, k, v), repeats)
@@ -99,7 +104,13 @@ def measure(tokens: int, dense: float, backward: bool, repeats: int, **shape) ->
     row |= {"heads": q.shape[2], "kv_heads": k.shape[2], "head_dim": q.shape[3], "dtype": q.dtype.name}
     row |= {"implementation": "mosaic_gpu" if kernel else "xla", "flops": flops}
     row |= {name: round(value, 1) for name, value in us.items()}
-    row |= {"times_faster": round(us["us_dense"] / us["us"], 3), "tflops": round(flops / us["us"] / 1e6, 3)}
+    row |= {"tflops": round(flops / us["us"] / 1e6, 3)}
+    if alone:
+        memory = jax.jit(programs["us"]).lower(q, k, v).compile().memory_analysis()
+        row |= {"temporary_mib": round(memory.temp_size_in_bytes / 2**20, 1)} if memory else {}
+        row |= {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10}
+    else:
+        row |= {"times_faster": round(us["us_dense"] / us["us"], 3)}
     if peak := next((peak for name, peak in PEAK.items() if name in row["device"]), None):
         row |= {"floor_us": round(1e6 * flops / peak, 1), "of_floor": round(1e6 * flops / peak / us["us"], 3)}
     return row
@@ -166,6 +177,7 @@ def main(argv=None) -> None:
     parser.add_argument("--recent", type=int, default=256)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--alone", action="store_true", help="forward only, without a peer: time and memory")
     parser.add_argument("--tune", action="store_true", help="try configurations on a Hopper GPU")
     options = parser.parse_args(argv)
     if options.tune and (reason := dispatch.no_hopper()):
@@ -183,8 +195,10 @@ def main(argv=None) -> None:
         text = ",\n ".join(json.dumps(one) for one in [*kept, row])
         pathlib.Path(mosaic_gpu.__file__).with_name("tuned.json").write_text(f"[{text}]\n")
         return
-    for one, dense, backward in itertools.product(tokens, options.dense, [False, True]):
-        print(json.dumps(measure(one, dense, bool(backward), options.repeats, **shape)), flush=True)
+    for one, dense, backward in itertools.product(tokens, options.dense, (False,) if options.alone else (False, True)):
+        print(
+            json.dumps(measure(one, dense, bool(backward), options.repeats, alone=options.alone, **shape)), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -274,6 +274,16 @@ def test_bench_counts_listed_blocks(capsys):
     assert "of_floor" not in forward  # a CPU has no data sheet here
 
 
+def test_bench_alone_tells_of_memory(capsys):
+    arguments = "--alone --tokens 1024 --dense 0 --heads 2 --kv_heads 2 --head_dim 64 --repeats 1"
+    bench.main(arguments.split())
+    (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    # All logits of one head alone would be 4 MiB.
+    assert 0 < row["temporary_mib"] < 2
+    assert row["peak_mib"] > 0
+    assert "us_dense" not in row
+
+
 def test_tuning_needs_the_gpu(capsys):
     with pytest.raises(SystemExit):
         bench.main(["--tune"])
