@@ -13,7 +13,12 @@ casper-hansen/AutoAWQ awq/quantize/{quantizer,scale}.py; `parity` chooses betwee
 
 - The search rounds weights and sums errors in float32, and computes the block in the weights' dtype; the originals do
   all but the sum in that dtype.
-- The clip search takes the error as (Q(w) - w) x; the originals subtract two outputs. Ties may fall differently.
+- Errors of a linear, in the clip search and where a linear alone is inspected, are quadratic forms in Q(w) - w with the
+  second moments of x; the originals subtract two outputs, token by token.
+- With more than `AWQConfig.race_after` sequences a scale that can no longer win is not measured on the rest.
+- A group that is clipped on both sides has min(w) / scale = -7.5 (3 bits: -3.5) up to rounding, so the last bit of a
+  scale says which way its zero goes, and with it which of the 10 ranges is best. Activations of another implementation
+  differ in that bit, and so a few of the limits do.
 - A whole row as one group can be clipped too, where the originals raise.
 - Of a bias the last len(s) entries are divided by s, those of the channels that are; the originals divide all.
 """
@@ -59,6 +64,8 @@ class AWQConfig:
       gqa_output: scale the input of the attention's output layer also where query heads share key/value heads, with
         one s per shared head. The originals leave that layer unscaled there.
       batch: sequences per micro-batch of the search; memory grows with it, results do not depend on it.
+      race_after: sequences that every scale is tried on. With more, a scale of attention or MLP whose loss is then
+        above the best by more than four standard errors of their difference is tried no further.
     """
 
     bits: int = 4
@@ -68,6 +75,7 @@ class AWQConfig:
     duo_scaling: bool = True
     gqa_output: bool = False
     batch: int = 4
+    race_after: int = 16
 
     def __post_init__(self):
         for name, wanted in {
@@ -79,8 +87,9 @@ class AWQConfig:
             if getattr(self, name) not in wanted:
                 choices = ", ".join(repr(choice) for choice in wanted)
                 raise ValueError(f"AWQConfig: {name}={getattr(self, name)!r}; wanted one of {choices}.")
-        if self.batch < 1:
-            raise ValueError(f"AWQConfig: batch={self.batch}; wanted 1 or more.")
+        for name, least in {"batch": 1, "race_after": 2}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"AWQConfig: {name}={getattr(self, name)!r}; wanted {least} or more.")
 
     def final_dtype(self, linear: nnx.Linear):
         """The arithmetic of a linear's final rounding."""
@@ -113,7 +122,8 @@ class ScaleGroup:
 
     def output(self, block, x, *context):
         """What `inspected` says, between the largest finite numbers of its dtype."""
-        y = self.inspected(block, x, *context) if self.inspected else getattr(block, self.linears[0])(x)
+        assert self.inspected is not None
+        y = self.inspected(block, x, *context)
         return jnp.clip(y, jnp.finfo(y.dtype).min, jnp.finfo(y.dtype).max)
 
     def share(self, values):
@@ -256,10 +266,10 @@ def _scale_candidates(group: ScaleGroup, mean_abs, kernels, config: AWQConfig):
     if config.parity == "autoawq" and config.duo_scaling:
         w = jnp.abs(jnp.concatenate(kernels, 1))  # [D, all outputs]
         grouped = w.reshape(-1, w.shape[0] if config.group == -1 else config.group, w.shape[1])
-        normalised = (grouped / (grouped.max(1, keepdims=True) + 1e-6)).reshape(w.shape)
-        s = s / (group.share(normalised.mean(1)) ** (1 - ratios) + 1e-4)
+        normalised = _divide(grouped, grouped.max(1, keepdims=True) + 1e-6).reshape(w.shape)
+        s = _divide(s, group.share(normalised.mean(1)) ** (1 - ratios) + 1e-4)
     s = jnp.maximum(s, 1e-4)
-    s = s / jnp.sqrt(s.max(1, keepdims=True) * s.min(1, keepdims=True))
+    s = _divide(s, jnp.sqrt(s.max(1, keepdims=True) * s.min(1, keepdims=True)))
     return jnp.concatenate([ones, jnp.where(jnp.isfinite(s), s, 1.0)])
 
 
@@ -307,7 +317,7 @@ def _clip(kernel, limit):
 def _search_clip(kernel, rows, config: AWQConfig):
     """For every group the limit, of 10 from max|w| down to 0.55 of it, that costs its part of the output the least.
 
-    Output channels are searched 64 at a time, which bounds the memory.
+    The mean of ((Q(w) - w) x)^2 over rows x of a group is a quadratic form in the group's weights.
 
     Args:
       kernel: [D, F].
@@ -318,21 +328,91 @@ def _search_clip(kernel, rows, config: AWQConfig):
     """
     depth, features = kernel.shape
     group = depth if config.group == -1 else config.group
-    grouped = rows.reshape(len(rows), -1, group)  # [R, D/G, G]
+    grouped = rows.reshape(len(rows), -1, group)
+    moment = jnp.einsum("RMG,RMH->MGH", grouped, grouped, precision="highest") / len(rows)  # [D/G, G, G]
+    top = jnp.abs(kernel.reshape(-1, group, features)).max(1)  # [D/G, F]
 
-    def one_output(w):  # [D]
-        top = jnp.abs(w.reshape(-1, group)).max(1)  # [D/G]
+    def attempt(best, shrink):
+        least, limit = best
+        tried = top * shrink
+        error = (_rounded_weight(_clip(kernel, tried), config) - kernel).reshape(-1, group, features)
+        loss = (error * jnp.matmul(moment, error, precision="highest")).sum(1)
+        return (jnp.where(loss < least, loss, least), jnp.where(loss < least, tried, limit)), None
 
-        def attempt(best, shrink):
-            least, limit = best
-            tried = top * shrink
-            rounded = _rounded_weight(_clip(w[:, None], tried[:, None]), config)[:, 0]
-            error = (jnp.einsum("rgi,gi->rg", grouped, (rounded - w).reshape(-1, group)) ** 2).mean(0)
-            return (jnp.where(error < least, error, least), jnp.where(error < least, tried, limit)), None
+    return jax.lax.scan(attempt, (jnp.full_like(top, jnp.inf), top), _SHRINKS)[0][1]
 
-        return jax.lax.scan(attempt, (jnp.full_like(top, jnp.inf), top), _SHRINKS)[0][1]
 
-    return jax.lax.map(one_output, kernel.T, batch_size=min(64, features)).T
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Race:
+    """Losses of the candidates of a group, sequence after sequence; who is too far behind drops out.
+
+    The first candidate is there for comparison: it never drops out, and never wins where there are others.
+
+    Attributes:
+      losses: [C, N, M] mean squared error of each sequence; zero where there is none.
+      measured: [N, M] bool, sequences measured.
+      counts: [C] how many sequences each candidate was measured on.
+      running: [C] bool.
+    """
+
+    losses: Any
+    measured: Any
+    counts: Any
+    running: Any
+
+    @classmethod
+    def start(cls, candidates: int, shape: tuple[int, int]):
+        """Before any of N x M sequences is measured."""
+        return cls(
+            jnp.zeros((candidates, *shape)),
+            jnp.zeros(shape, bool),
+            jnp.zeros(candidates, jnp.int32),
+            jnp.ones(candidates, bool),
+        )
+
+    def lap(self, index, measure: Callable[[Any], Any], candidates, real, after: int):
+        """The race after micro-batch `index`.
+
+        Args:
+          index: of the micro-batch.
+          measure: candidate -> its mean squared error on each sequence of the micro-batch [M].
+          candidates: [C, ...].
+          real: [M] bool, which sequences count.
+          after: nobody drops out on fewer sequences.
+        """
+
+        def one(given):
+            running, candidate = given
+            return jax.lax.cond(running, measure, lambda _: jnp.zeros(len(real)), candidate)
+
+        found = jnp.where(real, jax.lax.map(one, (self.running, candidates)), 0.0)
+        measured = self.measured.at[index].set(real)
+        count = measured.sum()
+        race = _Race(
+            self.losses.at[:, index].set(found), measured, jnp.where(self.running, count, self.counts), self.running
+        )
+        difference = race.losses - race.losses[race.leader]
+        behind = difference.sum((1, 2)) / count
+        squares = jnp.where(measured, (difference - behind[:, None, None]) ** 2, 0.0).sum((1, 2))
+        near = behind <= 4 * jnp.sqrt(squares / (count * (count - 1)))
+        return dataclasses.replace(race, running=race.running & (near | (count < after)).at[0].set(True))
+
+    @property
+    def means(self):
+        """[C] mean losses, each over the sequences its candidate was measured on."""
+        return self.losses.sum((1, 2)) / self.counts
+
+    @property
+    def leader(self):
+        """The least loss of those that run; of equals the first."""
+        return _least(jnp.where(self.running, self.means, jnp.inf))
+
+
+def _least(losses):
+    """Index of the least loss, the first of equals. The first loss is there for comparison, if there are others."""
+    first = min(1, len(losses) - 1)
+    return first + jnp.argmin(jnp.where(jnp.isnan(losses[first:]), jnp.inf, losses[first:]))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "sequences"))
@@ -358,8 +438,10 @@ def _search(block, x, context, *, graph: ScaleGraph, config: AWQConfig, sequence
         block(x, *context, record=found.__setitem__)
         return {group.input: found[group.input] for group in graph.groups}
 
-    statistics = input_statistics(inputs, x, sequences=sequences)
     kernels = {name: _kernel(block, name) for name in graph.linears}
+    direct = [group for group in graph.groups if group.inspected is None]
+    indirect = [group for group in graph.groups if group.inspected is not None]
+    statistics = input_statistics(inputs, x, sequences=sequences, moments=[group.input for group in direct])
     candidates = {
         group.input: _scale_candidates(
             group, statistics[group.input].mean_abs, [kernels[name] for name in group.linears], config
@@ -367,36 +449,40 @@ def _search(block, x, context, *, graph: ScaleGraph, config: AWQConfig, sequence
         for group in graph.groups
     }
 
-    def measure(losses, batch):
-        x, index = batch
-        real = index * len(x) + jnp.arange(len(x)) < sequences  # [M]
-        recorded = inputs(x)
+    def attempt(group, s):
+        """Kernels of a group, scaled, rounded and scaled back, in their own dtype."""
+        tried = {name: _rounded_weight(kernels[name] * s[:, None], config) / s[:, None] for name in group.linears}
+        return {name: weight.astype(getattr(block, name).kernel[...].dtype) for name, weight in tried.items()}
 
-        def loss(s, group, wanted):
-            tried = {}
-            for name in group.linears:
-                weight = _rounded_weight(kernels[name] * s[:, None], config) / s[:, None]
-                tried[name] = weight.astype(getattr(block, name).kernel[...].dtype)
-            output = group.output(_with_kernels(block, tried), recorded[group.input], *context)
-            squares = ((output - wanted).astype(jnp.float32) ** 2).reshape(len(x), -1).mean(1)
-            return jnp.where(real, squares, 0.0).sum() / sequences
+    def loss(group, s):
+        # Of a linear, the mean of (x (W' - W))^2 is a quadratic form, whatever the number of tokens.
+        (name,) = group.linears
+        error = attempt(group, s)[name].astype(jnp.float32) - kernels[name]
+        product = jnp.matmul(statistics[group.input].moment, error, precision="highest")
+        return (error * product).sum() / error.shape[1]
 
+    def measure(races, index):
+        recorded = inputs(x[index])
+        real = index * x.shape[1] + jnp.arange(x.shape[1]) < sequences  # [M]
         new = {}
-        for group in graph.groups:
-            wanted = group.output(block, recorded[group.input], *context)
-            of_batch = jax.lax.map(functools.partial(loss, group=group, wanted=wanted), candidates[group.input])
-            new[group.input] = losses[group.input] + of_batch
+        for group in indirect:
+            given = recorded[group.input]
+            wanted = group.output(block, given, *context)
+
+            def squares(s, group=group, given=given, wanted=wanted):
+                output = group.output(_with_kernels(block, attempt(group, s)), given, *context)
+                return ((output - wanted).astype(jnp.float32) ** 2).reshape(len(output), -1).mean(1)
+
+            new[group.input] = races[group.input].lap(index, squares, candidates[group.input], real, config.race_after)
         return new, None
 
-    losses = {name: jnp.zeros(len(tried)) for name, tried in candidates.items()}
-    losses = jax.lax.scan(measure, losses, (x, jnp.arange(len(x))))[0]
-
-    def choose(loss):
-        # The first of the least. Where there is a choice, the ones in front are there for comparison only.
-        first = min(1, len(loss) - 1)
-        return first + jnp.argmin(jnp.where(jnp.isnan(loss[first:]), jnp.inf, loss[first:]))
-
-    choice = {name: choose(loss) for name, loss in losses.items()}
+    losses = {group.input: jax.lax.map(functools.partial(loss, group), candidates[group.input]) for group in direct}
+    choice = {name: _least(values) for name, values in losses.items()}
+    races = {group.input: _Race.start(len(candidates[group.input]), x.shape[:2]) for group in indirect}
+    # In random order, so that whoever drops out does so on sequences from everywhere.
+    races = jax.lax.scan(measure, races, np.random.default_rng(0).permutation(len(x)))[0]
+    losses |= {name: race.means for name, race in races.items()}
+    choice |= {name: race.leader for name, race in races.items()}
     scale = {name: candidates[name][index] for name, index in choice.items()}
     scaled, divisors = _apply_scales(block, graph, scale)
     found = {"scale": scale, "choice": choice, "loss": losses, "limit": {}, "signal": {}, "plain": {}, "error": {}}

@@ -4,7 +4,7 @@ Source: AWQ, arXiv:2306.00978; mit-han-lab/llm-awq awq/utils/calib_data.py.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -79,14 +79,16 @@ class InputStatistics:
     Attributes:
       mean_abs: [D] float32, mean of |x| per channel.
       rows: [R, D] float32, every max(1, tokens // 512)-th token: 512 to 1023 of them, or all if there are fewer.
+      moment: [D, D] float32, mean of x xᵀ, for inputs that it was asked of; else None.
     """
 
     mean_abs: Any
     rows: Any
+    moment: Any = None
 
 
 def input_statistics(
-    inputs: Callable[[Any], dict[str, Any]], x, *, sequences: int, rows: int = 512
+    inputs: Callable[[Any], dict[str, Any]], x, *, sequences: int, rows: int = 512, moments: Collection[str] = ()
 ) -> dict[str, InputStatistics]:
     """Runs a block over micro-batches and gathers statistics of what enters its weights. To be called under jit.
 
@@ -95,15 +97,16 @@ def input_statistics(
       x: [N, M, T, D], N micro-batches of M sequences.
       sequences: S <= N M; those after the first S are padding and do not count.
       rows: how many rows to keep at least; see `InputStatistics`.
+      moments: names of the inputs whose second moments are wanted.
     """
     batches, per_batch, length = x.shape[:3]
     total = sequences * length
     step = max(1, total // rows)
     kept = -(-total // step)
-    empty = {
-        name: InputStatistics(jnp.zeros(like.shape[-1]), jnp.zeros((kept, like.shape[-1])))
-        for name, like in jax.eval_shape(inputs, x[0]).items()
-    }
+
+    def empty(name, depth):
+        moment = jnp.zeros((depth, depth)) if name in moments else None
+        return InputStatistics(jnp.zeros(depth), jnp.zeros((kept, depth)), moment)
 
     def gather(found, batch):
         x, index = batch
@@ -112,10 +115,15 @@ def input_statistics(
         new = {}
         for name, value in inputs(x).items():
             value = value.reshape(-1, value.shape[-1]).astype(jnp.float32)
-            sums = jnp.where((token < total)[:, None], jnp.abs(value), 0.0).sum(0)
+            value = jnp.where((token < total)[:, None], value, 0.0)
+            old = found[name]
+            moment = old.moment
+            if moment is not None:
+                moment += jnp.matmul(value.T, value, precision="highest") / total
             new[name] = InputStatistics(
-                found[name].mean_abs + sums / total, found[name].rows.at[slot].set(value, mode="drop")
+                old.mean_abs + jnp.abs(value).sum(0) / total, old.rows.at[slot].set(value, mode="drop"), moment
             )
         return new, None
 
-    return jax.lax.scan(gather, empty, (x, jnp.arange(batches)))[0]
+    start = {name: empty(name, like.shape[-1]) for name, like in jax.eval_shape(inputs, x[0]).items()}
+    return jax.lax.scan(gather, start, (x, jnp.arange(batches)))[0]

@@ -52,9 +52,12 @@ def test_windows_that_cannot_be_cut_are_refused(windows, length):
 def test_statistics(sequences, rows):
     x = np.random.default_rng(0).normal(size=(4, 2, 6, 3)).astype(np.float32)
     gather = functools.partial(input_statistics, lambda x: {"x": x, "twice": 2 * x}, sequences=sequences, rows=rows)
-    found = jax.jit(gather)(jnp.asarray(x))
+    found = jax.jit(functools.partial(gather, moments=["twice"]))(jnp.asarray(x))
     flat = x.reshape(-1, 3)[: sequences * 6]
     step = max(1, len(flat) // rows)
     np.testing.assert_array_equal(found["x"].rows, flat[::step])
     # 48 float32 numbers, summed in parts.
     np.testing.assert_allclose(found["twice"].mean_abs, 2 * np.abs(flat.astype(np.float64)).mean(0), rtol=48 * 2**-24)
+    assert found["x"].moment is None
+    moment = 4 * flat.astype(np.float64).T @ flat / len(flat)
+    np.testing.assert_allclose(found["twice"].moment, moment, atol=48 * 2**-24 * np.abs(moment).max())
