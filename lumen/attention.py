@@ -118,7 +118,8 @@ class Mask:
     Attributes:
       kinds: what sorts of head there are.
       heads: [N] integers, the kind of each query head; None where there is one kind. A tuple or a NumPy array where it
-        is known before tracing: XLA then does each kind's work only.
+        is known before tracing: XLA then does each kind's work only. (A mask that is an argument of jax.jit has traced
+        heads: close over it instead.)
       causal: whether a query sees none of the keys after it.
       segments: [B, S] int32, the sample that each token belongs to; tokens see only their own. A sample is a run of
         equal numbers: a number that comes back later is another sample.
@@ -158,7 +159,9 @@ class Mask:
         for kind in self.kinds:
             ranges = jnp.broadcast_arrays(*kind.ranges(query, start, jnp.maximum(stop, start), jnp.maximum(end, start)))
             patterns.append(jnp.stack(ranges, axis=-1))
-        heads = self.heads if self.heads is None or isinstance(self.heads, jax.Array) else np.asarray(self.heads)
+        heads: Any = self.heads
+        if heads is not None and not isinstance(heads, jax.Array):
+            heads = jnp.stack(heads) if any(isinstance(head, jax.Array) for head in heads) else np.asarray(heads)
         return RangeMask(jnp.stack(patterns), heads)
 
 

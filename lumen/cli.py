@@ -212,6 +212,40 @@ Several models, such as seeds of one training, give a mean and a deviation.
 """
 
 
+_NEEDLE = """needle in a haystack: is one sentence found in a long text, wherever it stands?
+
+Writes results.json and needle.png, a map of context length and depth, to --out. The same command goes on after an
+interruption. The default haystack is always there; Paul Graham's essays are the usual one.
+
+  lumen evaluate needle --model Llama-3.1-8B-Instruct --text essays.txt --out runs/needle --to 128000
+  lumen evaluate needle --model Llama-3-8B-Instruct-Gradient-1048k --pattern attn_patterns/Llama-3-8B-... \\
+    --to 1048000 --out runs/needle-duo
+"""
+
+_PASSKEY = """passkey retrieval: is a number found in a long idle text?
+
+The format of landmark attention. Writes results.json and passkey.png to --out; the same command goes on after an
+interruption.
+
+  lumen evaluate passkey --model runs/llama-2-7b-32k --out runs/passkey --to 32000
+"""
+
+_MEMORY = """what a long context needs, by arithmetic: memory, operations, the longest that fits
+
+  lumen evaluate memory --model llama3_8b --context 1048576 --sparsity 0.5 --cache bf16 int8 int4 --chip h200
+  lumen evaluate memory --model Qwen2.5-7B-Instruct --weights w4a16 --context 131072 --chip v5e
+"""
+
+
+_CONTEXT_LENGTH = """perplexity by context length and loss by position, of one model or several
+
+Writes context_length.json and context_length.png to --out.
+
+  lumen evaluate context-length --model runs/longlora/base/model runs/longlora/full/model --lengths 256 1024 2048 \\
+    --windows 64 --out runs/longlora/curves
+"""
+
+
 def _add_evaluate(commands) -> None:
     kinds = _command(commands, "evaluate", None, "measure a model").add_subparsers(metavar="MEASURE", required=True)
     parser = _command(kinds, "perplexity", _perplexity, _PERPLEXITY)
@@ -223,6 +257,78 @@ def _add_evaluate(commands) -> None:
     _add_calibration(parser)
     _add_text(parser)
     parser.add_argument("--bits", type=int, nargs="+", choices=(4, 3), default=[4, 3], help="default 4 3")
+    parser = _command(kinds, "context-length", _context_length, _CONTEXT_LENGTH)
+    parser.add_argument("--model", required=True, nargs="+", metavar="DIR", help="folders of models")
+    parser.add_argument(
+        "--text", default="python_sources/test", metavar="FILE", help=".jsonl with 'text', or any text file"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", required=True, metavar="N", help="tokens of context")
+    parser.add_argument("--stride", type=int, default=256, metavar="N", help="from window to window; default 256")
+    parser.add_argument("--windows", type=int, default=0, metavar="N", help="so many, evenly spread; 0: all")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.json, or 'bytes'; default: --model's")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
+    parser = _command(kinds, "needle", _needle, _NEEDLE)
+    _add_retrieval(parser, lengths=13)
+    parser.add_argument("--depths", type=int, default=10, metavar="N", help="how many, from 0 to 100 %%; default 10")
+    parser.add_argument(
+        "--text", default="python_sources/test", metavar="FILE", help=".jsonl or any text: the haystack"
+    )
+    parser.add_argument("--needle", metavar="TEXT", help="the sentence to hide; with --question and --answer")
+    parser.add_argument("--question", metavar="TEXT", help="what stands behind the text; the model goes on from there")
+    parser.add_argument("--answer", metavar="TEXT", help="what a right reply says")
+    parser.add_argument("--opening", metavar="TEXT", help="what stands before the text")
+    parser.add_argument("--closing", metavar="TEXT", help="what stands between text and question")
+    parser.add_argument(
+        "--score", choices=("rouge", "exact"), default="rouge", help="words in common with the answer, or all tokens"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=50, metavar="N", help="default 50")
+    parser = _command(kinds, "passkey", _passkey, _PASSKEY)
+    _add_retrieval(parser, lengths=10)
+    parser.add_argument("--trials", type=int, default=10, metavar="N", help="numbers and places a length; default 10")
+    parser.add_argument(
+        "--measure", choices=("characters", "tokens"), default="characters", help="of lengths: 3.75 a token, or tokens"
+    )
+    parser = _command(kinds, "memory", _memory, _MEMORY)
+    parser.add_argument("--model", required=True, metavar="NAME", help="llama3_8b, qwen25_7b, or a model's folder")
+    parser.add_argument("--context", type=int, required=True, metavar="N", help="tokens per sequence")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences; default 1")
+    parser.add_argument("--weights", choices=("bf16", "w4a16"), default="bf16", help="of the blocks; default bf16")
+    parser.add_argument("--group-size", type=int, default=128, metavar="G", help="of 4-bit weights; default 128")
+    parser.add_argument(
+        "--cache", nargs="+", choices=tuple(_CACHES), default=["bf16"], help="one or several, to compare; default bf16"
+    )
+    parser.add_argument("--chip", default="h200", metavar="NAME", help="h200, h100, a100, v5p, v5e, v6e; default h200")
+    _add_streaming(parser)
+
+
+_CACHES = {"bf16": 16, "int8": 8, "int4": 4}
+
+
+def _add_retrieval(parser: argparse.ArgumentParser, lengths: int) -> None:
+    """What the tests of retrieval share."""
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of the model, quantised or not")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for what is found")
+    parser.add_argument("--from", type=int, default=1000, metavar="N", dest="shortest", help="tokens; default 1000")
+    parser.add_argument("--to", type=int, metavar="N", dest="longest", help="tokens; default: what config.json says")
+    parser.add_argument("--lengths", type=int, default=lengths, metavar="N", help=f"how many; default {lengths}")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.json, or 'bytes'; default: --model's")
+    parser.add_argument("--cache", choices=("int8", "int4"), help="bits of keys and values; default: as the weights")
+    _add_streaming(parser)
+
+
+def _add_streaming(parser: argparse.ArgumentParser) -> None:
+    """Which heads stream, and how much is read at a time."""
+    parser.add_argument("--pattern", metavar="DIR", help="DuoAttention's gates; default: all heads see everything")
+    parser.add_argument("--sparsity", type=float, metavar="X", help="share of streaming heads; 0.5 with --pattern")
+    parser.add_argument("--sink", type=int, default=64, metavar="N", help="first tokens they keep; default 64")
+    parser.add_argument("--recent", type=int, default=256, metavar="N", help="latest tokens they keep; default 256")
+    parser.add_argument(
+        "--prefill",
+        choices=("token", "chunk"),
+        default="token",
+        help="what they see of a chunk being read: as one by one, or all of it as the original does; default token",
+    )
+    parser.add_argument("--prefill-chunk", type=int, default=32_000, metavar="N", help="tokens; default 32000; 0: all")
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
@@ -255,6 +361,29 @@ def _perplexity(flags: argparse.Namespace) -> int:
     return 0
 
 
+def _context_length(flags: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import numpy as np
+
+    from lumen.evaluation.context_length import context_curves, draw
+    from lumen.io.text import documents
+    from lumen.language.pretrained import load
+    from lumen.language.tokenizer import load_tokenizer
+
+    found = {}
+    for folder in flags.model:
+        tokenizer = load_tokenizer(flags.tokenizer or folder)
+        stream = np.asarray(tokenizer.encode("\n\n".join(documents(flags.text)), bos=True), np.int32)
+        sizes = {"lengths": flags.lengths, "stride": flags.stride, "windows": flags.windows}
+        found[folder] = context_curves(load(folder, dtype="float32")[0], stream, **sizes)
+    Path(flags.out).mkdir(parents=True, exist_ok=True)
+    Path(flags.out, "context_length.json").write_text(json.dumps(found, indent=2) + "\n")
+    Path(flags.out, "context_length.png").write_bytes(draw(found))
+    print(json.dumps({folder: curves["perplexity"] for folder, curves in found.items()}))
+    return 0
+
+
 def _compare(flags: argparse.Namespace) -> int:
     from lumen.evaluation.quantization import compare, comparison_table
     from lumen.language.pretrained import load
@@ -274,6 +403,126 @@ def _compare(flags: argparse.Namespace) -> int:
             length=flags.block,
         )
     print(comparison_table(results), end="")
+    return 0
+
+
+def _retrieval(flags: argparse.Namespace, config):
+    """[L, K] bool, which key/value heads see everything, or None."""
+    import numpy as np
+
+    from lumen.io.head_patterns import read_pattern
+    from lumen.long_context.duo_attention import retrieval_heads
+
+    if flags.pattern is None and flags.sparsity is None:
+        return None
+    shape = config.depth, config.kv_heads
+    gates = np.ones(shape) if flags.pattern is None else read_pattern(flags.pattern, shape)[0]
+    return retrieval_heads(gates, 0.5 if flags.sparsity is None else flags.sparsity)
+
+
+def _streaming(flags: argparse.Namespace, retrieval, config):
+    """The sizes of a decoder whose heads stream where `retrieval` says no."""
+    import dataclasses
+
+    from lumen.kv_cache import StreamingHeads
+
+    dense = tuple(int(count) for count in retrieval.sum(axis=1))
+    return dataclasses.replace(config, streaming=StreamingHeads(dense, flags.sink, flags.recent, flags.prefill))
+
+
+def _reader(flags: argparse.Namespace):
+    """(the model as a function from prompt to answer, its tokenizer, the lengths asked for, what tells it apart)."""
+    import jax
+
+    from lumen.evaluation.needle import greedy, spaced
+    from lumen.language.pretrained import load, read_config
+    from lumen.language.tokenizer import load_tokenizer, stop_tokens
+    from lumen.long_context.duo_attention import reorder_heads
+
+    if flags.sparsity is not None and flags.pattern is None:
+        raise ValueError("--sparsity says how many heads stream; give --pattern, which says which.")
+    lengths = spaced(flags.shortest, flags.longest or read_config(flags.model).max_positions, flags.lengths)
+    tokenizer = load_tokenizer(flags.tokenizer or flags.model)
+    stop = stop_tokens(flags.model) or (() if tokenizer.eos is None else (tokenizer.eos,))
+    on_cpu = jax.default_backend() == "cpu"
+    listed = on_cpu or flags.pattern is not None
+    model, _ = load(flags.model, dtype="float32" if on_cpu else None, stacked=not listed)
+    if (retrieval := _retrieval(flags, model.config)) is not None:
+        model = reorder_heads(model, retrieval)
+        model.config = _streaming(flags, retrieval, model.config)
+    names = ("model", "pattern", "sparsity", "sink", "recent", "prefill", "prefill_chunk", "cache")
+    answer = greedy(model, stop=stop, prefill_chunk=flags.prefill_chunk, cache_dtype=flags.cache)
+    return answer, tokenizer, lengths, {name: getattr(flags, name) for name in names}
+
+
+def _show(results, out: str, name: str) -> int:
+    """Writes the picture and prints the figures."""
+    from PIL import Image
+
+    from lumen.evaluation.needle import heat_map
+
+    picture = os.path.join(out, f"{name}.png")
+    Image.fromarray(heat_map(results)).save(picture)
+    print(f"{name}: {picture}", file=sys.stderr)
+    print(json.dumps({key: results[key] for key in ("mean", "lengths", "by_length")}))
+    return 0
+
+
+def _needle(flags: argparse.Namespace) -> int:
+    from lumen.evaluation.needle import Needle, needle, spaced
+    from lumen.io.text import documents
+
+    parts = {"sentence": flags.needle, "question": flags.question, "answer": flags.answer}
+    given = {name: text for name, text in parts.items() if text is not None}
+    if given and len(given) < len(parts):
+        raise ValueError("--needle, --question and --answer belong together; give all three or none.")
+    around = {"opening": flags.opening, "closing": flags.closing}
+    given |= {name: text for name, text in around.items() if text is not None}
+    answer, tokenizer, lengths, settings = _reader(flags)
+    results = needle(
+        answer,
+        tokenizer,
+        documents(flags.text),
+        hidden=Needle(**given),
+        lengths=lengths,
+        depths=spaced(0, 100, flags.depths),
+        score=flags.score,
+        max_new_tokens=flags.max_new_tokens,
+        out=flags.out,
+        settings=settings,
+    )
+    return _show(results, flags.out, "needle")
+
+
+def _passkey(flags: argparse.Namespace) -> int:
+    from lumen.evaluation.needle import passkey
+
+    answer, tokenizer, lengths, settings = _reader(flags)
+    options = {"lengths": lengths, "trials": flags.trials, "measure": flags.measure}
+    return _show(passkey(answer, tokenizer, **options, out=flags.out, settings=settings), flags.out, "passkey")
+
+
+def _memory(flags: argparse.Namespace) -> int:
+    import dataclasses
+
+    from lumen.evaluation.memory import Deployment, memory_report, memory_table, model_config
+    from lumen.plan import CHIPS
+
+    if flags.chip not in CHIPS:
+        raise ValueError(f"--chip: {flags.chip!r} is unknown; use {', '.join(CHIPS)}.")
+    config = model_config(flags.model)
+    kinds = {"all heads full": config}
+    if (retrieval := _retrieval(flags, config)) is not None:
+        kinds["streaming heads"] = _streaming(flags, retrieval, config)
+    reports = []
+    for kind, sizes in kinds.items():
+        for cache in flags.cache:
+            deployment = Deployment(
+                sizes, flags.weights, flags.group_size, _CACHES[cache], flags.batch, flags.prefill_chunk
+            )
+            reports.append(memory_report(f"{kind}, {cache}", deployment, flags.context, CHIPS[flags.chip]))
+    print(memory_table(reports))
+    print(json.dumps([dataclasses.asdict(report) for report in reports]))
     return 0
 
 

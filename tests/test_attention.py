@@ -175,6 +175,8 @@ class TestAttend:
         run = jax.jit(lambda heads: attend(q, k, v, mask=Mask(mask.kinds, heads)))
         want = attend(q, k, v, mask=mask)
         np.testing.assert_allclose(run(jnp.asarray(mask.heads)), want, rtol=0, atol=rounding(want, 12))
+        whole = jax.jit(lambda mask: attend(q, k, v, mask=mask))(mask)
+        np.testing.assert_allclose(whole, want, rtol=0, atol=rounding(want, 12))
 
     def test_half_precision(self, way):
         q, k, v = inputs(dtype=jnp.bfloat16)

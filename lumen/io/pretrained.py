@@ -468,6 +468,7 @@ def read(path: str | os.PathLike) -> Mapping[str, np.ndarray]:
     readers = {
         ".safetensors": lambda path: Safetensors([path]),
         ".npz": _read_npz,
+        ".bin": _read_torch,
         ".pt": _read_torch,
         ".pth": _read_torch,
     }

@@ -1,5 +1,6 @@
 """Text files, and the text that is embedded: the source of Python's own standard library, there wherever lumen runs."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -75,3 +76,54 @@ def passages(source: str | os.PathLike) -> Iterator[str]:
             continue
         paragraphs = text.strip().split("\n\n")
         yield from paragraphs if len(paragraphs) > 1 else text.strip().split("\n")
+
+
+SYSTEM = "Answer as helpfully and truthfully as you can; say so where you do not know."
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A prompt as the model is shown it, and the answer it should learn."""
+
+    prompt: str
+    answer: str
+
+
+def instructions(path: str | os.PathLike, *, system: str = SYSTEM) -> Iterator[Instruction]:
+    """The records of a JSON file in the format of Alpaca and LongAlpaca, in Llama 2's template.
+
+    The file holds a list of {"instruction", "output"} with an "input" or none. Without input the prompt is
+    "[INST]{instruction}[/INST]", else a system prompt comes before it:
+    "[INST] <<SYS>>{newline}{system}{newline}<</SYS>> {newline}{newline} {instruction} {newline}{input} [/INST]". The
+    token that begins a text belongs before it, the one that ends it after the answer.
+
+    Args:
+      path: the file.
+      system: the system prompt. Deviation: the original's is Llama 2's own, which can be given here.
+
+    Raises:
+      FileNotFoundError: if the file is not there.
+      ValueError: if it is no JSON list, or naming the record without an instruction and an output.
+    Source: dvlab-research/LongLoRA supervised-fine-tune.py.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; wanted a JSON list of instructions, such as LongAlpaca-12k.json."
+        )
+    try:
+        records = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; wanted a list of objects.") from error
+    if not isinstance(records, list):
+        raise ValueError(f"{path} holds a {type(records).__name__}; wanted a JSON list of objects.")
+    for number, record in enumerate(records):
+        held = record if isinstance(record, dict) else {}
+        instruction, answer, given = (held.get(key) for key in ("instruction", "output", "input"))
+        if not isinstance(instruction, str) or not isinstance(answer, str) or not isinstance(given, str | None):
+            raise ValueError(f'{path}, record {number}: wanted texts "instruction" and "output", perhaps "input".')
+        if given:
+            prompt = f"[INST] <<SYS>>\n{system}\n<</SYS>> \n\n {instruction} \n{given} [/INST]"
+        else:
+            prompt = f"[INST]{instruction}[/INST]"
+        yield Instruction(prompt, answer)

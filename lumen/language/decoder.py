@@ -60,6 +60,13 @@ class DecoderConfig:
             )
 
     @classmethod
+    def llama2_7b(cls, **changes):
+        """Llama 2 7B, 6.74B parameters (meta-llama/Llama-2-7b-hf config.json)."""
+        sizes = {"width": 4096, "depth": 32, "heads": 32, "kv_heads": 32, "head_dim": 128, "hidden": 11008}
+        more: dict[str, Any] = {"vocabulary": 32_000, "max_positions": 4096}
+        return cls(**{**sizes, **more} | changes)
+
+    @classmethod
     def llama3_8b(cls, **changes):
         """Llama 3 8B, 8.03B parameters (meta-llama/Meta-Llama-3-8B config.json)."""
         sizes = {"width": 4096, "depth": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 14336}

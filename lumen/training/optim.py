@@ -16,7 +16,8 @@ class OptimizerConfig:
     Attributes:
       name: "adamw" (decoupled decay) or "adam" with the decay added to the gradient.
       learning_rate: the peak.
-      schedule: after the warm-up, "constant", or "cosine" from `decay_start` to the end.
+      schedule: after the warm-up, "constant", or "cosine" from `decay_start` to the end; or "trapezoid", which goes
+        down at the end as it went up, and never below `final_learning_rate`.
       warmup_steps: linear from 0.
       decay_start: step from which a cosine decays; the rate is constant between the warm-up and it.
       final_learning_rate: where the cosine ends, at the last step.
@@ -26,7 +27,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "adam"] = "adamw"
     learning_rate: float = 1e-4
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine", "trapezoid"] = "cosine"
     warmup_steps: int = 0
     decay_start: int = 0
     final_learning_rate: float = 0.0
@@ -53,10 +54,16 @@ def learning_rate(config: OptimizerConfig, step, total_steps: int):
     Warm-up: peak * step / warmup_steps. Then the peak. From s = max(decay_start, warmup_steps), with the cosine:
     final + (peak - final) * (1 + cos(pi (step - s) / (total_steps - s))) / 2.
 
-    Source: mit-han-lab/lpd util/lr_sched.py ("constant", "cosine", "constant+cosine"), there in epochs.
+    Trapezoid, of N steps: peak * min(1, (step + 1) / warmup_steps, (N - step) / warmup_steps), at least `final`.
+
+    Source: mit-han-lab/lpd util/lr_sched.py ("constant", "cosine", "constant+cosine"), there in epochs;
+      mit-han-lab/duo-attention duo_attn/train.py (the trapezoid).
     """
     step = jnp.asarray(step)
     peak, final = config.learning_rate, config.final_learning_rate
+    if config.schedule == "trapezoid":
+        ramp = jnp.minimum(step + 1, total_steps - step) / max(config.warmup_steps, 1)
+        return jnp.clip(peak * ramp, final, peak)
     start = max(config.decay_start, config.warmup_steps)
     rate = jnp.full_like(step, peak, dtype=jnp.result_type(float))
     if config.schedule == "cosine":

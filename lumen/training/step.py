@@ -36,8 +36,8 @@ Adjust = Callable[[Any, Any, Any, Any], Any]
 
 
 def cast_floats(tree, dtype):
-    """Casts the floating-point leaves of a tree."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    """Casts the float32 leaves of a tree; what was loaded in 16 bits, scales of packed weights above all, stays."""
+    return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, tree)
 
 
 def initial_state(build: Callable[[nnx.Rngs], nnx.Module], optimizer, key, *, average: bool) -> TrainState:

@@ -13,8 +13,8 @@ us: the op. us_dense: on a GPU cuDNN's causal attention of all heads, elsewhere 
 times_faster: us_dense / us. `flops` are those of the kernel's lists of blocks, so a streaming head counts what it
 computes: two products forward, five more for the gradients, whatever an implementation computes twice. tflops:
 flops / us. `floor_us` is flops / peak, `of_floor` the share of it that was reached; both are absent where the chip is
-not in the table. With --alone nothing else runs, so the length is not bounded by the peer's logits, and there is instead
-temporary_mib, what the compiled program holds beside inputs and outputs, and peak_mib, the most this process ever held.
+not in the table. With --alone no peer runs whose logits would bound the length; instead there are temporary_mib, what
+the compiled program holds beside inputs and outputs, and peak_mib, the most this process ever held.
 """
 
 import argparse

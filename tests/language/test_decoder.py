@@ -299,6 +299,10 @@ class TestConfig:
 
     def test_published_sizes(self):
         """Parameter counts of the model cards."""
-        for config, want in ((DecoderConfig.llama3_8b(), 8_030_261_248), (DecoderConfig.qwen25_7b(), 7_615_616_512)):
+        for config, want in (
+            (DecoderConfig.llama2_7b(), 6_738_415_616),
+            (DecoderConfig.llama3_8b(), 8_030_261_248),
+            (DecoderConfig.qwen25_7b(), 7_615_616_512),
+        ):
             model = jax.eval_shape(lambda config=config: Decoder(config, rngs=nnx.Rngs(0)))
             assert sum(leaf.size for leaf in jax.tree.leaves(model)) == want
