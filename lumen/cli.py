@@ -437,7 +437,7 @@ def _reader(flags: argparse.Namespace):
     from lumen.evaluation.needle import greedy, spaced
     from lumen.language.pretrained import load, read_config
     from lumen.language.tokenizer import load_tokenizer, stop_tokens
-    from lumen.long_context.duo_attention import reorder_heads
+    from lumen.long_context.duo_attention import deploy
 
     if flags.sparsity is not None and flags.pattern is None:
         raise ValueError("--sparsity says how many heads stream; give --pattern, which says which.")
@@ -448,8 +448,7 @@ def _reader(flags: argparse.Namespace):
     listed = on_cpu or flags.pattern is not None
     model, _ = load(flags.model, dtype="float32" if on_cpu else None, stacked=not listed)
     if (retrieval := _retrieval(flags, model.config)) is not None:
-        model = reorder_heads(model, retrieval)
-        model.config = _streaming(flags, retrieval, model.config)
+        model = deploy(model, retrieval, sink=flags.sink, recent=flags.recent, prefill=flags.prefill)
     names = ("model", "pattern", "sparsity", "sink", "recent", "prefill", "prefill_chunk", "cache")
     answer = greedy(model, stop=stop, prefill_chunk=flags.prefill_chunk, cache_dtype=flags.cache)
     return answer, tokenizer, lengths, {name: getattr(flags, name) for name in names}

@@ -485,8 +485,8 @@ def test_broken_directories(model, tmp_path):
 def test_other_paths(model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.safetensors does not exist"):
         load(tmp_path / "x.safetensors", model, RULES)
-    with pytest.raises(ValueError, match=r"ends in '\.bin'; wanted a directory or one of \.safetensors"):
-        load(tmp_path / "x.bin", model, RULES)
+    with pytest.raises(ValueError, match=r"ends in '\.h5'; wanted a directory or one of \.safetensors"):
+        load(tmp_path / "x.h5", model, RULES)
 
 
 def test_torch_file_without_torch_says_what_to_install(model, tmp_path, monkeypatch):
