@@ -21,12 +21,12 @@ In dk, dv the keys lie still and P and dS, whose rows are queries, go through sh
 transposed: what belongs to a query (lse, delta, four bounds) is then one number a row, 2 registers, not 16. With head
 dim 128 the two sums take 128 registers of 232, and no room is left for addresses kept from step to step.
 
-Every product goes through `_multiply`, which the interpreter replaces: it has no wgmma whose first operand is in
+Every product goes through `multiply`, which the interpreter replaces: it has no wgmma whose first operand is in
 registers. No GPU has run these kernels yet. What neither the interpreter nor the compiler has proven:
   - that wgmma reads what it should: its operand order and transposes are the compiler's word alone;
   - `commit_smem` before a wgmma that reads what this kernel stored there (P and dS in dk, dv): its absence shows in
     neither;
-  - that wgmma has read a slot before it is released (products are synchronous in the interpreter; here `_multiply`
+  - that wgmma has read a slot before it is released (products are synchronous in the interpreter; here `multiply`
     waits for each);
   - `approx_math`: exp2 and log2 are the chip's own approximations, the interpreter computes them exactly;
   - anything about speed, the ping-pong of the two warpgroups included.
@@ -46,6 +46,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_attention.mask import block_lists
+from pallas_kernels.tensor_cores import multiply
 
 LOG2E = math.log2(math.e)
 ROWS = 64  # of one wgmma tile: what a warpgroup owns
@@ -90,27 +91,6 @@ def unsupported(q, k, v) -> str | None:
     if 0 in (*q.shape, *k.shape):
         return "there is nothing to attend to"
     return None
-
-
-def _multiply(total, a, b, simulate: bool) -> Any:
-    """total + a @ b in float32 on the tensor cores, finished; a is an array or a ref, b a ref, total None for zero.
-
-    simulate: for the interpreter, plain loads and a product. The fence after the loads stands for wgmma reading through
-    the asynchronous proxy, like the TMA that will overwrite its operands.
-    """
-    if simulate:
-        a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
-        plgpu.commit_smem()
-        product = jnp.dot(a, b, preferred_element_type=jnp.float32)
-        return product if total is None else total + product
-    if total is not None:
-        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.WGMMAAccumulatorRef.init(total))
-
-    def fresh(accumulator):
-        plgpu.wgmma(accumulator, a, b)
-        return accumulator[...]
-
-    return pl.run_scoped(fresh, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def _per_row(vector, like):
@@ -224,7 +204,7 @@ def forward(
                 weighted, largest, total = carry
                 slot = lax.rem(step, jnp.int32(stages))
                 plgpu.barrier_wait(k_full.at[slot])
-                logits = _multiply(None, q_smem.at[warpgroup], k_smem.at[slot].transpose((1, 0)), simulate)
+                logits = multiply(None, q_smem.at[warpgroup], k_smem.at[slot].transpose((1, 0)), simulate)
                 take_turn()
                 plgpu.barrier_arrive(k_free.at[slot])
                 if masked:
@@ -245,7 +225,7 @@ def forward(
                 plgpu.barrier_wait(v_full.at[slot])
                 if config.ping_pong:
                     plgpu.barrier_wait(turn)
-                weighted = _multiply(weighted, weights, v_smem.at[slot], simulate)
+                weighted = multiply(weighted, weights, v_smem.at[slot], simulate)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return weighted, larger, total
 
@@ -373,14 +353,14 @@ def query_gradient(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: 
                 def part(i, dq):  # 64 keys at a time, for the sake of registers
                     here = pl.ds(i * ROWS, ROWS)
                     keys, values = k_smem.at[slot, here], v_smem.at[slot, here]
-                    logits = _multiply(None, queries, keys.transpose((1, 0)), simulate)
+                    logits = multiply(None, queries, keys.transpose((1, 0)), simulate)
                     weights = jnp.exp2(logits * (scale * LOG2E) - _per_row(lse, logits))
                     if masked:
                         visible = _visible(bounds, weights.shape, first_key(step) + i * ROWS)
                         weights = jnp.where(visible, weights, 0.0)
-                    dweights = _multiply(None, cotangents, values.transpose((1, 0)), simulate)
+                    dweights = multiply(None, cotangents, values.transpose((1, 0)), simulate)
                     dlogits = weights * (dweights - _per_row(delta, dweights))
-                    return _multiply(dq, dlogits.astype(dtype), keys, simulate)
+                    return multiply(dq, dlogits.astype(dtype), keys, simulate)
 
                 dq = lax.fori_loop(0, BLOCK // ROWS, part, dq)
                 plgpu.barrier_arrive(free.at[slot])
@@ -478,7 +458,7 @@ def key_gradients(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: i
                 """total + left.T @ right; left goes through shared memory, where wgmma can read it transposed."""
                 tile[...] = left.astype(dtype)
                 plgpu.commit_smem()
-                return _multiply(total, tile.transpose((1, 0)), right, simulate)
+                return multiply(total, tile.transpose((1, 0)), right, simulate)
 
             def meet(i, carry, *, before, masked):
                 dk, dv = carry
@@ -488,14 +468,14 @@ def key_gradients(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: i
                 # Addresses that the compiler cannot take out of the loop: it would keep each product's in registers.
                 own = lax.optimization_barrier(warpgroup)
                 keys, values, tile = k_smem.at[own], v_smem.at[own], tile_smem.at[own]
-                logits = _multiply(None, queries, keys.transpose((1, 0)), simulate)
+                logits = multiply(None, queries, keys.transpose((1, 0)), simulate)
                 lse = plgpu.load(rows_smem.at[slot, 0], layout=PER_ROW)
                 weights = jnp.exp2(logits * (scale * LOG2E) - _per_row(lse, logits))
                 if masked:
                     bounds = [plgpu.load(bounds_smem.at[slot, i], layout=PER_ROW) for i in range(4)]
                     weights = jnp.where(_visible(bounds, weights.shape, first_key), weights, 0.0)
                 dv = add_transposed(dv, weights, cotangents, tile)
-                dweights = _multiply(None, cotangents, values.transpose((1, 0)), simulate)
+                dweights = multiply(None, cotangents, values.transpose((1, 0)), simulate)
                 delta = plgpu.load(rows_smem.at[slot, 1], layout=PER_ROW)
                 dk = add_transposed(dk, weights * (dweights - _per_row(delta, dweights)), queries, tile)
                 plgpu.barrier_arrive(free.at[slot])

@@ -20,12 +20,12 @@ A page of a head and a whole row of a head are the same to the kernel: [.., slot
 offset. S need not be a multiple of 64, only of 8, and nothing is copied: TMA reads zeros outside an array, and scales
 and zeros, read as one long vector, run into the next head's, which no range shows. Below 64 slots a copy is padded.
 
-Every product goes through `_multiply`, which the interpreter replaces: it has no wgmma whose first operand is in
+Every product goes through `multiply`, which the interpreter replaces: it has no wgmma whose first operand is in
 registers. No GPU has run this kernel yet. What neither the interpreter nor the compiler has proven:
   - that wgmma reads what it should: its operand order and transposes are the compiler's word alone;
   - `commit_smem` before the wgmma that reads what this kernel stored (weights, widened or cleaned values);
   - that all four warps have read a slot before the next block is fetched into it: products are synchronous in the
-    interpreter; here `_multiply` waits, and the compiler puts a barrier before a copy;
+    interpreter; here `multiply` waits, and the compiler puts a barrier before a copy;
   - copies of scales, 64 numbers from an address that is no multiple of 16 bytes;
   - `approx_math`: exp2 and log2 are the chip's own approximations, the interpreter computes them exactly;
   - anything about speed.
@@ -46,6 +46,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.quantized_kv import QuantizedKV
 from pallas_kernels.decode_attention.reference import block_list, nth_block
+from pallas_kernels.tensor_cores import multiply
 
 LOG2E = math.log2(math.e)
 BLOCK = 64  # slots: the rows of one wgmma, and a page
@@ -126,27 +127,6 @@ def unsupported(q, keys, values, table) -> str | None:
     if math.prod(keys.shape[:3]) >= 2**31:
         return "the cache has 2^31 slots over all heads, which 32 bits do not count"
     return None
-
-
-def _multiply(total, a, b, simulate: bool) -> Any:
-    """total + a @ b in float32 on the tensor cores, finished; a is an array or a ref, b a ref, total None for zero.
-
-    simulate: for the interpreter, plain loads and a product. The fence after the loads stands for wgmma reading through
-    the asynchronous proxy, like the TMA that will overwrite its operands.
-    """
-    if simulate:
-        a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
-        plgpu.commit_smem()
-        product = jnp.dot(a, b, preferred_element_type=jnp.float32)
-        return product if total is None else total + product
-    if total is not None:
-        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.WGMMAAccumulatorRef.init(total))
-
-    def fresh(accumulator):
-        plgpu.wgmma(accumulator, a, b)
-        return accumulator[...]
-
-    return pl.run_scoped(fresh, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def widen(stored, bits: int):
@@ -272,7 +252,7 @@ def decode_attention(q, keys, values, ranges, table, *, scale: float, config: Co
                 logits: Any = None
                 for half, tile in enumerate(widen(stored, bits)):
                     channels = q_smem.at[:, pl.ds(half * width, width)].transpose((1, 0))
-                    logits = _multiply(logits, plgpu.layout_cast(tile, plgpu.Layout.WGMMA), channels, simulate)
+                    logits = multiply(logits, plgpu.layout_cast(tile, plgpu.Layout.WGMMA), channels, simulate)
                 sums = _per_head(plgpu.load(sums_smem, layout=PER_HEAD), logits)
                 logits = (logits - side(rings[0], 2, slot, shown) * sums) * side(rings[0], 1, slot, shown)
                 stored = plgpu.load(rings[1][0].at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X)
@@ -280,7 +260,7 @@ def decode_attention(q, keys, values, ranges, table, *, scale: float, config: Co
                     wide_smem[:, pl.ds(half * width, width)] = tile
                 values_smem = wide_smem
             else:
-                logits = _multiply(None, rings[0][0].at[slot], q_smem.transpose((1, 0)), simulate)
+                logits = multiply(None, rings[0][0].at[slot], q_smem.transpose((1, 0)), simulate)
                 values_smem = rings[1][0].at[slot]
 
                 whole = ((start >= r0) & (start + BLOCK <= r1)) | ((start >= r2) & (start + BLOCK <= r3))
@@ -303,7 +283,7 @@ def decode_attention(q, keys, values, ranges, table, *, scale: float, config: Co
             weights_smem.transpose((1, 0))[...] = weights.astype(dtype)
             plgpu.commit_smem()
             weighted = weighted * _per_head(kept, weighted)
-            weighted = _multiply(weighted, values_smem.transpose((1, 0)), weights_smem.transpose((1, 0)), simulate)
+            weighted = multiply(weighted, values_smem.transpose((1, 0)), weights_smem.transpose((1, 0)), simulate)
             pl.when(step + stages < count)(lambda: fetch(step + stages, *upcoming))
             return weighted, larger, total, zeros
 
