@@ -1,7 +1,6 @@
 """Training of DuoAttention's gates, and what comes out of it: a pattern folder, and how good its choice of heads is."""
 
 import dataclasses
-import functools
 import pathlib
 from typing import Any, Literal
 
@@ -18,10 +17,10 @@ from lumen.language import pretrained
 from lumen.language.decoder import Decoder, DecoderConfig
 from lumen.layers import unstack
 from lumen.long_context.duo_attention import GatedDecoder, clip_gates, gate_loss, retrieval_heads
-from lumen.sharding import batch_sharding, tree_shardings
-from lumen.training.language import SIZES
+from lumen.training.language import SIZES, decode_step
 from lumen.training.loop import Task
 from lumen.training.passkey import PasskeyData
+from lumen.training.step import cast_floats
 from lumen.training.vq import sized
 
 
@@ -175,32 +174,25 @@ def make_task(options: DuoOptions, *, batch_size: int, seed: int, total_steps: i
         batches=lambda: options.data.batches(batch_size=batch_size, seed=seed),
         monitor=monitor,
         evaluate=evaluate,
-        inference=functools.partial(_decode_step, config, deployed, batch_size),
+        inference=lambda mesh: decode_step(
+            lambda: _deployed(config, deployed),
+            batch_size=batch_size,
+            slots=deployed.slots,
+            cache=deployed.cache,
+            mesh=mesh,
+        ),
         adjust=clamp,
         pretrained=load if options.start else None,
         export=export,
     )
 
 
-def _decode_step(config: DecoderConfig, deployed: Deployment, batch_size: int, mesh):
-    """The jitted step from one token per row to the next with two kinds of cache, and its abstract arguments.
-
-    Without weights or a pattern it is not known which heads are chosen: every layer gets the same share, rounded.
-    """
-
-    @functools.partial(jax.jit, donate_argnums=2)
-    def decode_step(model: Decoder, tokens, cache):
-        hidden, cache = model(tokens, cache=cache)
-        return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32), cache
-
+def _deployed(config: DecoderConfig, deployment: Deployment) -> Decoder:
+    """A model of no weights with two kinds of cache; without a pattern every layer has the same share of each."""
     gates = np.ones((config.depth, config.kv_heads))
-    if deployed.pattern:
-        gates, _ = read_pattern(deployed.pattern, gates.shape)
-    chosen = retrieval_heads(gates, deployed.sparsity, per_layer=not deployed.pattern)
-    heads = StreamingHeads(tuple(chosen.sum(axis=1).tolist()), deployed.sink, deployed.recent)
-    model = jax.eval_shape(lambda: unstack(Decoder(dataclasses.replace(config, streaming=heads), rngs=nnx.Rngs(0))))
-    layout = tree_shardings(model, mesh, gathered=["embed"])
-    model = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s), model, layout)
-    tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=batch_sharding(mesh))
-    cache = jax.eval_shape(lambda: model.empty_cache(batch_size, deployed.slots, deployed.cache))
-    return decode_step, (model, tokens, cache)
+    if deployment.pattern:
+        gates, _ = read_pattern(deployment.pattern, gates.shape)
+    chosen = retrieval_heads(gates, deployment.sparsity, per_layer=not deployment.pattern)
+    heads = StreamingHeads(tuple(chosen.sum(axis=1).tolist()), deployment.sink, deployment.recent)
+    model = Decoder(dataclasses.replace(config, streaming=heads), rngs=nnx.Rngs(0))
+    return unstack(cast_floats(model, jnp.bfloat16))

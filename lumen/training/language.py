@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -291,7 +292,13 @@ def make_task(options: LanguageOptions, *, batch_size: int, seed: int, total_ste
         batches=batches,
         monitor=lambda model, key: measure(model, "validation", 32),
         evaluate=lambda model, key, workdir: measure(model, "test", options.evaluation_blocks),
-        inference=functools.partial(_decode_step, config, options.serving, batch_size),
+        inference=lambda mesh: decode_step(
+            lambda: _served(config, options.serving),
+            batch_size=batch_size,
+            slots=options.serving.slots,
+            cache="bfloat16",
+            mesh=mesh,
+        ),
         pretrained=load_start if start else None,
         export=export,
     )
@@ -321,27 +328,33 @@ def _answer_loss(model: Decoder, rows: list[Record]) -> dict[str, float]:
     return {"answer_loss": float(np.average([float(loss(model, row)) for row in rows], weights=counts))}
 
 
-def _decode_step(config: DecoderConfig, serving: Serving, batch_size: int, mesh):
-    """The jitted step from one token per row to the next, and its abstract arguments on the mesh."""
+def _served(config: DecoderConfig, serving: Serving) -> Decoder:
+    model = cast_floats(Decoder(config, rngs=nnx.Rngs(0)), jnp.bfloat16)
+    if serving.weights == "int4":
+        _pack_blank(model, serving.group)
+    return model
+
+
+def decode_step(build: Callable[[], Decoder], *, batch_size: int, slots: int, cache: str, mesh):
+    """The jitted step from one token per row to the next, and its abstract arguments on the mesh.
+
+    Args:
+      build: makes the model; only its shapes are used.
+      batch_size: rows.
+      slots, cache: of `Decoder.empty_cache`, its slots and dtype.
+      mesh: where weights are split as in training, but for those that fsdp would gather again at every step.
+    """
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def decode_step(model: Decoder, tokens, cache):
+    def step(model: Decoder, tokens, cache):
         hidden, cache = model(tokens, cache=cache)
         return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32), cache
 
-    def served():
-        model = cast_floats(Decoder(config, rngs=nnx.Rngs(0)), jnp.bfloat16)
-        if serving.weights == "int4":
-            _pack_blank(model, serving.group)
-        return model
-
-    model = nnx.eval_shape(served)
+    model = nnx.eval_shape(build)
     layout = tree_shardings(model, mesh, gathered=["embed"])
     model = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model, layout)
-    rows = batch_sharding(mesh)
-    tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=rows)
-    cache = jax.eval_shape(lambda: model.empty_cache(batch_size, serving.slots, jnp.bfloat16))
-    return decode_step, (model, tokens, cache)
+    tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=batch_sharding(mesh))
+    return step, (model, tokens, jax.eval_shape(lambda: model.empty_cache(batch_size, slots, cache)))
 
 
 def _pack_blank(model: Decoder, group: int) -> None:
