@@ -2,8 +2,8 @@ r"""Llama 2 7B extended from 4096 to 32768 tokens: LongLoRA's own run (arXiv:230
 
 RedPajama's sample as runs/redpajama/{train,validation,test}.jsonl, the model's folder in Llama-2-7b-hf. One node of 8
 GPUs; the original, on 8 A100 and with DeepSpeed ZeRO-2, took a day at 65536. Expected on PG19 validation, sliding
-windows of 32768: perplexity 8.12 (full fine-tuning 8.08, LoRA without embedding and norms 11.44). Not run here; the second
-line compiles its step: 15.0 GiB on each of 8 H200s.
+windows of 32768: perplexity 8.12 (full fine-tuning 8.08, LoRA without embedding and norms 11.44). Not run here; the
+second line compiles its step: 15.0 GiB on each of 8 H200s.
 
   python train.py --config=experiments/longlora/llama2_7b_32k.py --workdir=runs/llama2_32k
   python train.py --config=experiments/longlora/llama2_7b_32k.py --compile_only --topology=h200:8 \
