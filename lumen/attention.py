@@ -8,6 +8,7 @@ A mask is a description: nothing of the size T x S is ever held for long inputs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,14 @@ from jax.sharding import PartitionSpec
 from lumen.kv_cache import Part
 from lumen.sharding import partition_spec
 from pallas_kernels import dispatch
-from pallas_kernels.block_sparse_attention import RangeMask, block_sparse_attention, dense_mask, unsupported
+from pallas_kernels.block_sparse_attention import (
+    Extent,
+    RangeMask,
+    block_sparse_attention,
+    count_logits,
+    dense_mask,
+    unsupported,
+)
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.dispatch import Implementation
 
@@ -103,9 +111,10 @@ class Grouped:
         own = _clip(own, start, stop)
         if not self.leak or not self.shift:
             return own, stop, stop, stop
-        tail = jnp.where((query - start < self.shift) & (stop > own), _clip(end - self.shift, stop, end), end)
+        where = end.__array_namespace__().where
+        tail = where((query - start < self.shift) & (stop > own), _clip(end - self.shift, stop, end), end)
         # A row that sees nothing, beyond the sample's length, stays empty.
-        return own, stop, jnp.where(stop > own, tail, stop), jnp.where(stop > own, end, stop)
+        return own, stop, where(stop > own, tail, stop), where(stop > own, end, stop)
 
 
 Kind = Full | Streaming | Grouped
@@ -153,16 +162,15 @@ class Mask:
             start, end = (jnp.take_along_axis(a, jnp.broadcast_to(query, (len(a), queries)), 1) for a in (starts, ends))
         if self.lengths is not None:
             end = jnp.minimum(end, self.lengths[:, None])
-        stop = jnp.minimum(query + 1, end) if self.causal else end
-        stop = jnp.where(query < end, stop, start)  # padding sees nothing
-        patterns = []
-        for kind in self.kinds:
-            ranges = jnp.broadcast_arrays(*kind.ranges(query, start, jnp.maximum(stop, start), jnp.maximum(end, start)))
-            patterns.append(jnp.stack(ranges, axis=-1))
+        patterns = _patterns(self.kinds, self.causal, query, start, end)
         heads: Any = self.heads
         if heads is not None and not isinstance(heads, jax.Array):
             heads = jnp.stack(heads) if any(isinstance(head, jax.Array) for head in heads) else np.asarray(heads)
-        return RangeMask(jnp.stack(patterns), heads)
+        extent = None
+        if not isinstance(self.offset, Tracer):
+            logits = _count_logits(self.kinds, self.causal, int(self.offset), queries, keys)
+            extent = Extent(logits, self.segments is None and self.lengths is None)
+        return RangeMask(patterns, heads, extent)
 
 
 jax.tree_util.register_dataclass(
@@ -292,12 +300,17 @@ def _on_mesh(q, k, v, mask: RangeMask, options):
     samples, heads = of_keys[0], of_keys[axes.index("heads")]
     rows = PartitionSpec(samples, None, heads, None)
     of_mask = PartitionSpec(None, samples if mask.ranges.shape[1] > 1 else None, None, None)
-    pattern = mask.pattern
+    pattern, extent = mask.pattern, mask.extent
+
+    def local(q, k, v, ranges, pattern=pattern):
+        return block_sparse_attention(q, k, v, RangeMask(ranges, pattern, extent), **options)
+
     if pattern is None or (heads is None and not isinstance(pattern, Tracer)):
-        local = lambda q, k, v, ranges: block_sparse_attention(q, k, v, RangeMask(ranges, pattern), **options)  # noqa: E731
         operands, specs = (q, k, v, mask.ranges), (rows, of_keys, of_keys, of_mask)
     else:  # heads are split: each device takes its own part of the pattern
-        local = lambda q, k, v, *mask: block_sparse_attention(q, k, v, RangeMask(*mask), **options)  # noqa: E731
+        if extent is not None and not isinstance(pattern, Tracer):  # the mean head, since devices run one program
+            logits = sum(extent.logits[head] for head in np.asarray(pattern).tolist()) // len(pattern)
+            extent = Extent((logits,) * len(extent.logits), extent.exact)
         operands = q, k, v, mask.ranges, jnp.asarray(pattern)
         specs = rows, of_keys, of_keys, of_mask, PartitionSpec(heads)
     out = rows, PartitionSpec(samples, heads, None)
@@ -326,8 +339,27 @@ def _grouped(mask, keys: int):
     return mask.reshape(mask.shape[0], keys if mask.shape[1] > 1 else 1, -1, *mask.shape[2:])
 
 
+def _patterns(kinds, causal: bool, query, start, end):
+    """Ranges [P, B or 1, T, 4] of the queries in slots `query` of samples in [start, end), all of jax or of NumPy."""
+    xp = end.__array_namespace__()
+    stop = xp.minimum(query + 1, end) if causal else end
+    stop = xp.where(query < end, stop, start)  # padding sees nothing
+    stop, end = xp.maximum(stop, start), xp.maximum(end, start)
+    every = [xp.broadcast_arrays(*kind.ranges(query, start, stop, end)) for kind in kinds]
+    return xp.stack([xp.stack(ranges, axis=-1) for ranges in every])
+
+
+@functools.lru_cache(maxsize=256)
+def _count_logits(kinds, causal: bool, offset: int, queries: int, keys: int) -> tuple[int, ...]:
+    """What a head of each kind sees of a sample that fills all slots: with segments or lengths it sees less."""
+    query = offset + np.arange(queries, dtype=np.int32)[None]
+    ranges = _patterns(kinds, causal, query, np.zeros_like(query), np.full_like(query, keys))
+    return tuple(count_logits(ranges, keys)[:, 0].tolist())
+
+
 def _clip(x, low, high):
-    return jnp.minimum(jnp.maximum(x, low), high)
+    xp = x.__array_namespace__()
+    return xp.minimum(xp.maximum(x, low), high)
 
 
 def _runs(segments):

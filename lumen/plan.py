@@ -31,6 +31,7 @@ from jax.interpreters import partial_eval
 
 from lumen.io.checkpoint import named_leaves
 from pallas_kernels.aot import TARGETS
+from pallas_kernels.operations import stated_flops
 
 FORMS = (
     "h200:8, h100:8 or a100:8 (GPUs of one host), h200:32x8 (hosts x GPUs per host), v5p:2x2x2, v5e:4x8 or v6e:4x8 "
@@ -143,6 +144,9 @@ _MOVES = re.compile(
 )
 
 
+_AT_MOST = "attention that data decide is counted at its fullest: full rows, full caches, dense heads"
+
+
 def count_flops(jaxpr) -> Flops:
     """Counts the operations of a jaxpr, such as `jax.jit(f).trace(*args).jaxpr`, leaving out those with unused results.
 
@@ -151,7 +155,9 @@ def count_flops(jaxpr) -> Flops:
     the zeros of a dilated input (the gradient of a stride). Other arithmetic is one per output element, a reduction one
     per input element; sorts and Fourier transforms are thus counted too low. A scan counts times its length, a
     conditional as its largest branch, the inside of a shard_map once per device along its axes, a Pallas kernel by its
-    cost estimate. The notes tell of while loops of unknown length (counted once) and of kernels without an estimate.
+    cost estimate. Calls that state their FLOPs, as `pallas_kernels.operations.state_flops` has it, are taken at their
+    word: attention counts the blocks that its masks show, with products only. The notes tell of upper bounds, of while
+    loops of unknown length (counted once) and of kernels without an estimate.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return _jaxpr_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
@@ -194,6 +200,9 @@ def _equation_flops(equation) -> Flops:
             return Flops(notes=(f"the kernel {params.get('name') or name} has no cost estimate: not counted",))
     for inner in ("jaxpr", "call_jaxpr", "call"):  # jit, checkpoint, custom_jvp, custom_vjp, custom_vmap
         if inner in params:
+            if stated := stated_flops(params[inner]):
+                flops, exact = stated
+                return Flops(flops, flops, () if exact else (_AT_MOST,))
             return _jaxpr_flops(params[inner])
     if _MOVES.fullmatch(name):
         return Flops()

@@ -11,7 +11,12 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from lumen import plan
+from lumen.attention import Full, Mask, Streaming, attend
+from lumen.sharding import make_mesh
 from pallas_kernels.aot import TARGETS
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.w4a16_matmul import PackedInt4, w4a16_matmul
 
 # --- FLOPs: closed forms.
 
@@ -149,6 +154,97 @@ def test_a_kernel_counts_by_its_estimate(estimate):
     counted = flops(double, (8, 128))
     assert counted.total == (123 if estimate else 0)
     assert counted.notes == (() if estimate else ("the kernel double has no cost estimate: not counted",))
+
+
+# --- FLOPs of attention, whose loops and kernels do not show how much they do.
+
+NOTE = "attention that data decide is counted at its fullest: full rows, full caches, dense heads"
+
+
+def attention_flops(mask, *, shape=(2, 1024, 4, 2, 64), gradient=False, implementation: Implementation = "xla"):
+    """Flops of `attend` on [B, T, N, H] and [B, T, K, H], or of its gradients."""
+    batch, tokens, heads, keys, size = shape
+    q, k = (jax.ShapeDtypeStruct((batch, tokens, count, size), jnp.bfloat16) for count in (heads, keys))
+
+    def f(q, k, v):
+        return jnp.sum(attend(q, k, v, mask=mask(), implementation=implementation))
+
+    return plan.count_flops(jax.jit(jax.grad(f, (0, 1, 2)) if gradient else f).trace(q, k, k).jaxpr)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_attention_counts_the_blocks_that_its_mask_shows(implementation):
+    product = 2 * 2 * 4 * 64 * 128**2  # FLOPs a block of 128 x 128, of 2 samples, 4 heads and 64 channels
+    causal = 8 * 9 // 2  # blocks
+    counted = attention_flops(Mask, implementation=implementation)
+    assert counted.matmul == 2 * causal * product
+    assert counted.notes == ()
+    # Five products more for the gradients; the kernels compute S and dP twice.
+    gradient = attention_flops(Mask, gradient=True, implementation=implementation)
+    assert gradient.matmul == (2 + (5 if implementation == "xla" else 7)) * causal * product
+    # 128 first and 128 latest keys: 1, 2, 3, 3, ... of 8 blocks; two dense heads beside two such.
+    some = attention_flops(lambda: Mask((Full(), Streaming(128, 128)), (0, 1, 1, 0)), implementation=implementation)
+    assert some.matmul == 2 * (causal + (1 + 2 + 6 * 3)) * product // 2
+
+
+def test_attention_that_data_decide_is_counted_at_its_fullest():
+    full = 2 * 2 * 2 * 4 * 64 * 128**2  # both products of a block
+    packed = attention_flops(lambda: Mask(segments=jnp.zeros((2, 1024), jnp.int32)))
+    assert packed == plan.Flops(packed.total, 36 * full, (NOTE,))
+    heads = attention_flops(lambda: Mask((Full(), Streaming(128, 128)), jnp.arange(4) % 2))
+    assert heads == plan.Flops(heads.total, 36 * full, (NOTE,))
+    late = attention_flops(lambda: Mask(offset=jnp.int32(0)))
+    assert late == plan.Flops(late.total, 64 * full, (NOTE,))
+
+
+def test_padded_heads_count_what_the_kernel_multiplies():
+    counted = attention_flops(Mask, shape=(1, 128, 2, 2, 80), implementation="interpret")
+    assert counted.matmul == 2 * 2 * 2 * 128 * 128**2
+
+
+def test_attention_on_a_mesh_counts_the_same():
+    """Samples and heads are split; a device counts the mean head."""
+    mask = functools.partial(Mask, (Full(), Streaming(128, 128)), (0, 1, 0, 0))
+    with jax.set_mesh(make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])):
+        split = attention_flops(mask, gradient=True)
+    assert split.matmul == attention_flops(mask, gradient=True).matmul
+    assert split.notes == ()
+
+
+def test_unused_gradients_of_attention_are_not_counted():
+    def f(q, k):
+        return jnp.sum(attend(q, k, k, mask=Mask(), implementation="xla"))
+
+    q = jax.ShapeDtypeStruct((1, 1024, 1, 64), jnp.float32)
+    counted = plan.count_flops(jax.jit(jax.grad(f)).trace(q, q).jaxpr)
+    assert counted.matmul == (2 + 3) * 36 * 2 * 64 * 128**2
+
+
+def test_a_batch_of_attentions_counts_each():
+    def f(q):
+        return jax.vmap(lambda q: attend(q, q, q, mask=Mask(), implementation="xla"))(q)
+
+    assert flops(f, (3, 1, 1024, 1, 64)).matmul == 3 * 2 * 36 * 2 * 64 * 128**2
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_decoding_counts_a_full_cache(implementation):
+    def f(q, k, v, ranges):
+        return decode_attention(q, k, v, ranges, implementation=implementation)[0]
+
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 4, 64), (2, 2, 4096, 64)))
+    counted = plan.count_flops(jax.jit(f).trace(q, k, k, jax.ShapeDtypeStruct((2, 1, 4), jnp.int32)).jaxpr)
+    assert counted.matmul == 2 * 2 * 2 * 4 * 64 * 4096
+    assert counted.notes == (NOTE,)
+
+
+def test_the_packed_product_counts_in_its_kernel():
+    x, side = jnp.zeros((16, 256), jnp.bfloat16), jnp.ones((2, 128), jnp.bfloat16)
+    w = PackedInt4(jnp.zeros((128, 64), jnp.uint16), side, side, 128)
+    traced = jax.jit(functools.partial(w4a16_matmul, implementation="interpret")).trace(x, w)
+    counted = plan.count_flops(traced.jaxpr)
+    assert counted.matmul == 2 * 16 * 256 * 128
+    assert counted.notes == ()
 
 
 # --- Collectives in compiled text.

@@ -4,23 +4,36 @@ o, lse = block_sparse_attention(q, k, v, RangeMask(ranges, pattern))
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.block_sparse_attention import mosaic_gpu, reference
-from pallas_kernels.block_sparse_attention.mask import BlockLists, RangeMask, block_lists, block_table, dense_mask
+from pallas_kernels.block_sparse_attention.mask import (
+    BlockLists,
+    Extent,
+    RangeMask,
+    block_lists,
+    block_table,
+    count_logits,
+    dense_mask,
+)
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.operations import state_flops
 
 __all__ = [
     "BlockLists",
+    "Extent",
     "RangeMask",
     "block_lists",
     "block_sparse_attention",
     "block_table",
+    "count_logits",
     "dense_mask",
     "unsupported",
 ]
@@ -44,7 +57,8 @@ def block_sparse_attention(
     meet v. A query that sees nothing gets o = 0 and lse = -inf. Gradients of both outputs are exact.
 
     Args:
-      q: [B, T, N, H].
+      q: [B, T, N, H]. The kernel computes 64, 128 or 256 channels: for other H, up to 256, q, k and v are copied with
+        zeros behind them, which changes no number.
       k, v: [B, S, K, H]; K divides N, query head n reads key head n // (N / K). Blocks of keys that no query sees are
         never read.
       mask: ranges [P, B or 1, T, 4], and the pattern of each head, [N]. As a NumPy array rather than a traced one the
@@ -61,7 +75,7 @@ def block_sparse_attention(
       ValueError: for shapes that do not fit, or an implementation that cannot run the case.
     Source: FlashAttention-2, arXiv:2307.08691, with lists of blocks.
     """
-    heads, keys = q.shape[2], k.shape[1 if heads_first else 2]
+    heads, keys, axis = q.shape[2], k.shape[1 if heads_first else 2], 2 if heads_first else 1
     patterns, samples, queries = mask.ranges.shape[:3]
     if (
         k.shape != v.shape
@@ -88,7 +102,13 @@ def block_sparse_attention(
     known = None
     if pattern is not None and not isinstance(pattern, Tracer):
         known = tuple(np.asarray(pattern).tolist())
-    return _attention((choice, scale, soft_cap, heads_first, known), q, k, v, mask.ranges, None if known else pattern)
+    size = q.shape[3]
+    if choice != "xla":  # channels of zeros add nothing to a product
+        channels = [(0, 0)] * 3 + [(0, mosaic_gpu.padded_size(size) - size)]
+        q, k, v = (jnp.pad(x, channels) for x in (q, k, v))
+    how = _How(choice, scale, soft_cap, heads_first, known, *mask.logits(heads, q.shape[0], k.shape[axis]))
+    o, lse = _attention(how, q, k, v, mask.ranges, None if known else pattern)
+    return o[..., :size], lse
 
 
 def unsupported(q, k, v, soft_cap: float | None = None) -> str | None:
@@ -98,15 +118,33 @@ def unsupported(q, k, v, soft_cap: float | None = None) -> str | None:
     return mosaic_gpu.unsupported(q, k, v)
 
 
+class _How(NamedTuple):
+    """What is known while tracing: arguments of the op, and how many logits there are."""
+
+    choice: str
+    scale: float
+    soft_cap: float | None
+    heads_first: bool
+    known: tuple[int, ...] | None  # the pattern
+    logits: int
+    exact: bool
+
+    def state(self, x, products: int):
+        """x, with the FLOPs of that many products of logits and H channels."""
+        return state_flops(x, 2 * products * x.shape[-1] * self.logits, exact=self.exact)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(how, q, k, v, ranges, pattern):
-    choice, scale, soft_cap, heads_first, known = how
-    pattern = np.asarray(known, np.int32) if known else pattern
-    if choice == "xla":
-        mask = RangeMask(ranges, pattern)
-        return reference.forward(q, k, v, mask, scale=scale, soft_cap=soft_cap, heads_first=heads_first)
-    options = _kernel_options(choice, q)
-    return mosaic_gpu.forward(q, k, v, ranges, pattern, scale=scale, heads_first=heads_first, **options)
+@functools.partial(jax.jit, static_argnums=0)
+def _attention(how: _How, q, k, v, ranges, pattern):
+    pattern = np.asarray(how.known, np.int32) if how.known else pattern
+    if how.choice == "xla":
+        options = {"scale": how.scale, "soft_cap": how.soft_cap, "heads_first": how.heads_first}
+        o, lse = reference.forward(q, k, v, RangeMask(ranges, pattern), **options)
+    else:
+        options = {"scale": how.scale, "heads_first": how.heads_first, **_kernel_options(how.choice, q)}
+        o, lse = mosaic_gpu.forward(q, k, v, ranges, pattern, **options)
+    return how.state(o, 2), lse
 
 
 def _forward(how, q, k, v, ranges, pattern):
@@ -115,23 +153,26 @@ def _forward(how, q, k, v, ranges, pattern):
 
 
 def _backward(how, kept, cotangents):
-    choice, scale, soft_cap, heads_first, known = how
-    q, k, v, o, lse, ranges, pattern = kept
-    do, dlse = cotangents
-    if heads_first:
+    return *_gradients(how, *kept, *cotangents), None, None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(how: _How, q, k, v, o, lse, ranges, pattern, do, dlse):
+    if how.heads_first:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    pattern = np.asarray(known, np.int32) if known else pattern
-    if choice == "xla":
-        mask = RangeMask(ranges, pattern)
-        grads = reference.backward(q, k, v, o, lse, do, dlse, mask, scale=scale, soft_cap=soft_cap)
+    pattern = np.asarray(how.known, np.int32) if how.known else pattern
+    if how.choice == "xla":
+        options = {"scale": how.scale, "soft_cap": how.soft_cap}
+        dq, dk, dv = reference.backward(q, k, v, o, lse, do, dlse, RangeMask(ranges, pattern), **options)
+        products = 3, 1, 1  # S and dP on the way to all of them
     else:
-        grads = mosaic_gpu.backward(
-            q, k, v, o, lse, do, dlse, ranges, pattern, scale=scale, **_kernel_options(choice, q)
-        )
-    dq, dk, dv = grads
-    if heads_first:
+        options = {"scale": how.scale, **_kernel_options(how.choice, q)}
+        dq, dk, dv = mosaic_gpu.backward(q, k, v, o, lse, do, dlse, ranges, pattern, **options)
+        products = 3, 2, 2  # S and dP twice, in dq and in dk, dv
+    dq, dk, dv = map(how.state, (dq, dk, dv), products)
+    if how.heads_first:
         dk, dv = dk.swapaxes(1, 2), dv.swapaxes(1, 2)
-    return dq, dk, dv, None, None
+    return dq, dk, dv
 
 
 _attention.defvjp(_forward, _backward)

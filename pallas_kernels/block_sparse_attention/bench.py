@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_sparse_attention import RangeMask, block_lists, block_sparse_attention, mosaic_gpu, reference
+from pallas_kernels.block_sparse_attention import RangeMask, block_sparse_attention, count_logits, mosaic_gpu, reference
 
 # Dense bf16 FLOP/s: NVIDIA's data sheets, SXM modules.
 PEAK = {"H100": 989.4e12, "H200": 989.4e12}
@@ -58,9 +58,8 @@ def make(tokens: int, dense: float, size: int, dtype, *, sink: int, recent: int,
 
 def listed_flops(q, k, mask: RangeMask) -> int:
     """Floating-point operations of one product over the blocks that the kernel's lists hold, of 128 x 128."""
-    block = mosaic_gpu.BLOCK
-    count = block_lists(mask.ranges, k.shape[1], rows=block, columns=block).count[:, 0].sum(-1)
-    return 2 * block * block * q.shape[3] * int(np.asarray(count)[np.asarray(mask.pattern)].sum())
+    counts = count_logits(np.asarray(mask.ranges)[:, 0], k.shape[1])
+    return 2 * q.shape[3] * int(counts[np.asarray(mask.pattern)].sum())
 
 
 def gradients(attention):
@@ -120,7 +119,7 @@ def candidates(chosen: mosaic_gpu.Config) -> list[mosaic_gpu.Config]:
     """What may fit the shared memory; those that do not compile are left out by `tune`."""
     forward = itertools.product([64, 128], [2, 3, 4], [True, False])
     configs = [dataclasses.replace(chosen, keys=k, stages=s, ping_pong=p) for k, s, p in forward]
-    configs += [dataclasses.replace(chosen, dq_stages=s) for s in (1, 2, 3, 4)]
+    configs += [dataclasses.replace(chosen, dq_stages=s) for s in (2, 3, 4, 6, 8, 12)]
     return [*configs, *(dataclasses.replace(chosen, dkv_stages=s) for s in (1, 2, 3, 4))]
 
 

@@ -1,10 +1,26 @@
 """What a query may see, as ranges of keys, and the blocks of keys that follow from it."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+BLOCK = 128  # queries and keys of the blocks that logits are counted in: those of the kernel
+
+
+class Extent(NamedTuple):
+    """How much of a mask is seen, as far as that is known while tracing; for counting operations.
+
+    Attributes:
+      logits: for each pattern, how many logits of one head and sample `count_logits` finds.
+      exact: False where data decide, and this is what full rows have.
+    """
+
+    logits: tuple[int, ...]
+    exact: bool
 
 
 @jax.tree_util.register_dataclass
@@ -19,10 +35,31 @@ class RangeMask:
     Attributes:
       ranges: [P, B or 1, T, 4] int32 with 0 <= r0 <= r1 <= r2 <= r3 <= S in every row.
       pattern: [N] int32, the pattern of each query head; None where there is one pattern, P = 1.
+      extent: what is known of ranges that are no NumPy array; None for nothing.
     """
 
     ranges: Any
     pattern: Any = None
+    extent: Extent | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def logits(self, heads: int, batch: int, keys: int) -> tuple[int, bool]:
+        """(How many logits the blocks of N heads and B samples hold, whether that is exact), known while tracing.
+
+        Where neither the ranges are a NumPy array nor an extent is there, all T x S; where the pattern is traced, those
+        of the fullest one.
+        """
+        samples, queries = self.ranges.shape[1:3]
+        if isinstance(self.ranges, np.ndarray):
+            counts, exact = (count_logits(self.ranges, keys).sum(1) * (batch // samples)).tolist(), True
+        elif self.extent is None:
+            return batch * heads * queries * keys, False
+        else:
+            counts, exact = [batch * count for count in self.extent.logits], self.extent.exact
+        if self.pattern is None:
+            return heads * counts[0], exact
+        if isinstance(self.pattern, Tracer):
+            return heads * max(counts), exact and len(set(counts)) == 1
+        return sum(counts[pattern] for pattern in np.asarray(self.pattern).tolist()), exact
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +129,31 @@ def block_table(ranges, keys: int, *, rows: int, columns: int):
     # The kernel reads whole blocks of `columns` keys: one that is cut short is masked.
     whole &= end - begin == columns
     return seen, whole & seen
+
+
+def count_logits(ranges, keys: int):
+    """How many logits lie in the blocks of 128 queries and 128 keys (or of all, where there are fewer) that are seen.
+
+    Args:
+      ranges: NumPy array [..., T, 4] as `RangeMask` has it.
+      keys: S.
+    Returns:
+      [...] int64, the sizes of the blocks that `block_table` marks, added up: by arithmetic, in memory linear in T.
+    """
+    rows, columns = min(BLOCK, ranges.shape[-2]), min(BLOCK, keys)
+    padding = [(0, 0)] * (ranges.ndim - 2) + [(0, -ranges.shape[-2] % rows), (0, 0)]
+    ranges = np.pad(ranges.astype(np.int64), padding, mode="edge")
+    ranges = ranges.reshape(*ranges.shape[:-2], -1, rows, 4)
+
+    def blocks(low, high):
+        some = low < high
+        first = np.where(some, low, keys).min(-1) // columns
+        return first, np.maximum(-(-np.where(some, high, 0).max(-1) // columns), first)
+
+    r0, r1, r2, r3 = (ranges[..., i] for i in range(4))
+    (first, end), (later, last) = blocks(r0, r1), blocks(r2, r3)
+    both = np.maximum(np.minimum(end, last) - np.maximum(first, later), 0)
+    return (end - first + last - later - both).sum(-1) * rows * columns
 
 
 def dense_mask(mask: RangeMask, keys: int):

@@ -14,18 +14,24 @@ times as many bytes as k and v, written in float32 and read again.
 
 Blocks that every query sees whole come first in a list and skip the mask; in the others a key's index is compared with
 the four bounds of each row. Queries and keys that no block divides need no copy: TMA reads zeros outside an array and
-drops what is stored there, and keys past the end are in nobody's range. But the compiler wants whole swizzle tiles, so
-T or S that is no multiple of 8 costs a padded copy.
+drops what is stored there, and keys past the end are in nobody's range. But the compiler describes an array to TMA in
+tiles of 8 rows, as wgmma reads them, and refuses one that they do not divide; rows of other samples or heads cannot
+make up for it, since results are stored by tiles as well. So T or S that is no multiple of 8 costs a padded copy.
 
-In dk, dv the keys lie still and P and dS, whose rows are queries, go through shared memory, from where wgmma reads them
-transposed: what belongs to a query (lse, delta, four bounds) is then one number a row, 2 registers, not 16. With head
-dim 128 the two sums take 128 registers of 232, and no room is left for addresses kept from step to step.
+In dk, dv the keys lie still and P and dS, whose rows are queries, are stored transposed to shared memory, from where
+wgmma reads them: what belongs to a query (lse, delta, four bounds) is then one number a row, 2 registers, not 16. With
+head dim 128 the two sums of 64 keys take 128 registers of 232, and no room is left for addresses kept from step to
+step. With 256 channels they take the registers of both warpgroups. A thread block then owns 64 keys: each warpgroup
+makes P and dS of 32 of them, and adds up half of the channels of all 64. Nothing is computed twice; the warpgroups meet
+twice a step, once P and once dS is stored, and by then both have read what the one before held.
+
+Head dims between 64, 128 and 256 are filled up with zeros by the op, a copy of every operand.
 
 Every product goes through `multiply`, which the interpreter replaces: it has no wgmma whose first operand is in
 registers. No GPU has run these kernels yet. What neither the interpreter nor the compiler has proven:
   - that wgmma reads what it should: its operand order and transposes are the compiler's word alone;
-  - `commit_smem` before a wgmma that reads what this kernel stored there (P and dS in dk, dv): its absence shows in
-    neither;
+  - `commit_smem` before a wgmma that reads what this kernel stored there (P and dS in dk, dv; with 256 channels what
+    the other warpgroup stored): its absence shows in neither;
   - that wgmma has read a slot before it is released (products are synchronous in the interpreter; here `multiply`
     waits for each);
   - `approx_math`: exp2 and log2 are the chip's own approximations, the interpreter computes them exactly;
@@ -51,8 +57,9 @@ from pallas_kernels.tensor_cores import multiply
 LOG2E = math.log2(math.e)
 ROWS = 64  # of one wgmma tile: what a warpgroup owns
 CONSUMERS = 2  # warpgroups that multiply
-BLOCK = ROWS * CONSUMERS  # queries, in dk and dv keys, of a thread block
-HEAD_DIMS = (64, 128)
+BLOCK = ROWS * CONSUMERS  # queries of a thread block, and what its lists count in
+HALVES = BLOCK // ROWS  # of a block of keys, as dq takes them
+HEAD_DIMS = (64, 128, 256)
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -63,7 +70,7 @@ class Config:
     keys: int = 128  # of one slot of the ring, forward
     stages: int = 2  # slots, forward
     ping_pong: bool = True  # forward: one warpgroup multiplies while the other takes the softmax
-    dq_stages: int = 2  # slots of 128 keys, dq
+    dq_stages: int = 8  # slots of 64 keys or 64 values, dq: 2 or more
     dkv_stages: int = 3  # slots of 64 queries, dk and dv
 
 
@@ -79,15 +86,24 @@ def config_for(size: int, dtype) -> Config:
     for row in tuned_rows():
         if all(row[key] == value for key, value in here.items()):
             return Config(**row["config"])
-    return Config() if size == 128 else Config(stages=4, dq_stages=4, dkv_stages=4)
+    return {
+        64: Config(stages=4, dkv_stages=4),
+        128: Config(),
+        256: Config(keys=64, dq_stages=3, dkv_stages=2),
+    }[size]
+
+
+def padded_size(size: int) -> int:
+    """The head dim that the kernels compute `size` channels in."""
+    return next(one for one in HEAD_DIMS if one >= size)
 
 
 def unsupported(q, k, v) -> str | None:
     """Why the kernels cannot take this case, on any chip, as the end of a sentence; None if they can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype} and the kernel takes bfloat16 or float16, all alike"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"heads have {q.shape[-1]} channels and the kernel takes {' or '.join(map(str, HEAD_DIMS))}"
+    if q.shape[-1] > HEAD_DIMS[-1]:
+        return f"heads have {q.shape[-1]} channels and the kernel takes up to {HEAD_DIMS[-1]}"
     if 0 in (*q.shape, *k.shape):
         return "there is nothing to attend to"
     return None
@@ -306,7 +322,7 @@ def query_gradient(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: 
 
     def kernel(
         q_gmem, k_gmem, v_gmem, do_gmem, rows_gmem, lists_gmem, bounds_gmem, pattern_gmem, dq_gmem,
-        q_smem, do_smem, k_smem, v_smem, q_full, full, free,
+        q_smem, do_smem, ring_smem, q_full, full, free,
     ):  # fmt: skip
         warpgroup, head, sample = (lax.axis_index(name) for name in ("warpgroup", "head", "sample"))
         block = blocks - 1 - lax.axis_index("block")
@@ -321,15 +337,16 @@ def query_gradient(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: 
             plgpu.set_max_registers(40, action="decrease")
             kv_head = lax.div(head, jnp.int32(heads // kv_heads))
 
-            @pl.loop(0, count)
-            def _load(step):
-                slot = lax.rem(step, jnp.int32(stages))
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                here = sample, pl.ds(first_key(step), BLOCK), kv_head
-                plgpu.copy_gmem_to_smem(k_gmem.at[here], k_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(v_gmem.at[here], v_smem.at[slot], full.at[slot])
+            @pl.loop(0, HALVES * count)
+            def _load(part):
+                rows = pl.ds(first_key(lax.div(part, HALVES)) + lax.rem(part, HALVES) * ROWS, ROWS)
+                for tile, gmem in enumerate((k_gmem, v_gmem)):
+                    number = 2 * part + tile
+                    slot = lax.rem(number, jnp.int32(stages))
+                    pl.when(number >= stages)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
+                    plgpu.copy_gmem_to_smem(gmem.at[sample, rows, kv_head], ring_smem.at[slot], full.at[slot])
 
-            _drain(count, stages, free)
+            _drain(2 * HALVES * count, stages, free)
 
         @pl.when(warpgroup < CONSUMERS)
         def _consume():
@@ -347,24 +364,28 @@ def query_gradient(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: 
             plgpu.barrier_wait(q_full.at[warpgroup])
 
             def meet(step, dq, *, masked):
-                slot = lax.rem(step, jnp.int32(stages))
-                plgpu.barrier_wait(full.at[slot])
-
-                def part(i, dq):  # 64 keys at a time, for the sake of registers
-                    here = pl.ds(i * ROWS, ROWS)
-                    keys, values = k_smem.at[slot, here], v_smem.at[slot, here]
+                def half(i, dq):  # 64 keys at a time, for the sake of registers
+                    number = 2 * (HALVES * step + i)
+                    of_keys, of_values = (lax.rem(number + tile, jnp.int32(stages)) for tile in range(2))
+                    keys, values = ring_smem.at[of_keys], ring_smem.at[of_values]
+                    # Addresses that the compiler cannot take out of the loop, to keep them all in registers.
+                    own = lax.optimization_barrier(warpgroup)
+                    queries, cotangents = q_smem.at[own], do_smem.at[own]
+                    plgpu.barrier_wait(full.at[of_keys])
                     logits = multiply(None, queries, keys.transpose((1, 0)), simulate)
                     weights = jnp.exp2(logits * (scale * LOG2E) - _per_row(lse, logits))
                     if masked:
                         visible = _visible(bounds, weights.shape, first_key(step) + i * ROWS)
                         weights = jnp.where(visible, weights, 0.0)
+                    plgpu.barrier_wait(full.at[of_values])
                     dweights = multiply(None, cotangents, values.transpose((1, 0)), simulate)
+                    plgpu.barrier_arrive(free.at[of_values])
                     dlogits = weights * (dweights - _per_row(delta, dweights))
-                    return multiply(dq, dlogits.astype(dtype), keys, simulate)
+                    dq = multiply(dq, dlogits.astype(dtype), keys, simulate)
+                    plgpu.barrier_arrive(free.at[of_keys])
+                    return dq
 
-                dq = lax.fori_loop(0, BLOCK // ROWS, part, dq)
-                plgpu.barrier_arrive(free.at[slot])
-                return dq
+                return lax.fori_loop(0, HALVES, half, dq)
 
             dq = _constant(0.0, (ROWS, size), plgpu.Layout.WGMMA)
             dq = lax.fori_loop(0, whole, functools.partial(meet, masked=False), dq)
@@ -374,7 +395,7 @@ def query_gradient(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: 
             plgpu.copy_smem_to_gmem(queries, dq_gmem.at[sample, mine, head])
             plgpu.wait_smem_to_gmem(0)
 
-    tile, ring = plgpu.SMEM((CONSUMERS, ROWS, size), dtype), plgpu.SMEM((stages, BLOCK, size), dtype)
+    tile = plgpu.SMEM((CONSUMERS, ROWS, size), dtype)
     dq = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(q.shape, dtype),
@@ -387,10 +408,9 @@ def query_gradient(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: 
         scratch_types=(
             tile,
             tile,
-            ring,
-            ring,
+            plgpu.SMEM((stages, ROWS, size), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -400,14 +420,19 @@ def query_gradient(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: 
 
 def key_gradients(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: int, interpret: Any = False):
     """(dk, dv); arguments as `query_gradient`."""
-    lists = _lists(ranges, k.shape[1], rows=ROWS, columns=BLOCK, transposed=True)
+    # Sums of 64 keys and 256 channels take the registers of both warpgroups, each of which keeps half of the channels.
+    shared = k.shape[3] > 128
+    block_keys = ROWS if shared else BLOCK  # of a thread block
+    lists = _lists(ranges, k.shape[1], rows=ROWS, columns=block_keys, transposed=True)
     slots, (q, k, v, do) = k.shape[1], (_whole_tiles(x) for x in (q, k, v, do))
     (batch, _, heads, size), kv_heads, dtype = q.shape, k.shape[2], q.dtype
     group, simulate = heads // kv_heads, bool(interpret)
+    own_keys, channels = block_keys // CONSUMERS, size // CONSUMERS if shared else size  # of a warpgroup
 
     def kernel(
         q_gmem, k_gmem, v_gmem, do_gmem, rows_gmem, lists_gmem, counts_gmem, bounds_gmem, pattern_gmem,
-        dk_gmem, dv_gmem, k_smem, v_smem, q_smem, do_smem, rows_smem, bounds_smem, tile_smem, kv_full, full, free,
+        dk_gmem, dv_gmem, k_smem, v_smem, q_smem, do_smem, rows_smem, bounds_smem, tile_smem,
+        kv_full, full, free, stored,
     ):  # fmt: skip
         axes = "warpgroup", "head", "sample", "block"  # under a causal mask the first block has the longest list
         warpgroup, kv_head, sample, block = (lax.axis_index(name) for name in axes)
@@ -447,37 +472,50 @@ def key_gradients(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: i
         @pl.when(warpgroup < CONSUMERS)
         def _consume():
             plgpu.set_max_registers(240, action="increase")
-            first_key = block * BLOCK + warpgroup * ROWS
-            mine = sample, pl.ds(first_key, ROWS), kv_head
-            keys, values = k_smem.at[warpgroup], v_smem.at[warpgroup]
-            plgpu.copy_gmem_to_smem(k_gmem.at[mine], keys, kv_full.at[warpgroup])
-            plgpu.copy_gmem_to_smem(v_gmem.at[mine], values, kv_full.at[warpgroup])
+            first_key = block * block_keys + warpgroup * own_keys
+            mine = sample, pl.ds(first_key, own_keys), kv_head
+            plgpu.copy_gmem_to_smem(k_gmem.at[mine], k_smem.at[warpgroup], kv_full.at[warpgroup])
+            plgpu.copy_gmem_to_smem(v_gmem.at[mine], v_smem.at[warpgroup], kv_full.at[warpgroup])
             plgpu.barrier_wait(kv_full.at[warpgroup])
+            my_channels = pl.ds(warpgroup * channels, channels) if shared else pl.ds(0, size)
 
-            def add_transposed(total, left, right, tile):
-                """total + left.T @ right; left goes through shared memory, where wgmma can read it transposed."""
-                tile[...] = left.astype(dtype)
+            def meet_other(barrier):
+                if shared:
+                    plgpu.barrier_arrive(stored.at[barrier])
+                    plgpu.barrier_wait(stored.at[barrier])
+
+            def add_transposed(total, left, right, own, number):
+                """total + left.T @ right; left goes through shared memory, where wgmma can read it transposed.
+
+                Its two tiles belong to a warpgroup each, or to P and dS of both; then the other warpgroup has read what
+                it overwrites before it stored its part of the tile between.
+                """
+                first, part = (number * ROWS, own * own_keys) if shared else (own * ROWS, 0)
+                tile, part = tile_smem.at[pl.ds(first, ROWS)], tile_smem.at[pl.ds(first + part, own_keys)]
+                part.transpose((1, 0))[...] = left.astype(dtype)
                 plgpu.commit_smem()
-                return multiply(total, tile.transpose((1, 0)), right, simulate)
+                meet_other(number)
+                return multiply(total, tile, right, simulate)
 
             def meet(i, carry, *, before, masked):
                 dk, dv = carry
                 slot = lax.rem(before + i, jnp.int32(stages))
                 plgpu.barrier_wait(full.at[slot])
                 queries, cotangents = q_smem.at[slot], do_smem.at[slot]
-                # Addresses that the compiler cannot take out of the loop: it would keep each product's in registers.
+                # As in dq: addresses that stay in the loop.
                 own = lax.optimization_barrier(warpgroup)
-                keys, values, tile = k_smem.at[own], v_smem.at[own], tile_smem.at[own]
+                keys, values = k_smem.at[own], v_smem.at[own]
                 logits = multiply(None, queries, keys.transpose((1, 0)), simulate)
                 lse = plgpu.load(rows_smem.at[slot, 0], layout=PER_ROW)
                 weights = jnp.exp2(logits * (scale * LOG2E) - _per_row(lse, logits))
                 if masked:
                     bounds = [plgpu.load(bounds_smem.at[slot, i], layout=PER_ROW) for i in range(4)]
                     weights = jnp.where(_visible(bounds, weights.shape, first_key), weights, 0.0)
-                dv = add_transposed(dv, weights, cotangents, tile)
+                dv = add_transposed(dv, weights, cotangents.at[:, my_channels], own, 0)
                 dweights = multiply(None, cotangents, values.transpose((1, 0)), simulate)
                 delta = plgpu.load(rows_smem.at[slot, 1], layout=PER_ROW)
-                dk = add_transposed(dk, weights * (dweights - _per_row(delta, dweights)), queries, tile)
+                dlogits = weights * (dweights - _per_row(delta, dweights))
+                dk = add_transposed(dk, dlogits, queries.at[:, my_channels], own, 1)
                 plgpu.barrier_arrive(free.at[slot])
                 return dk, dv
 
@@ -488,20 +526,28 @@ def key_gradients(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: i
                 carry = lax.fori_loop(0, whole, functools.partial(part, masked=False), (dk, dv))
                 return before + count, *lax.fori_loop(whole, count, functools.partial(part, masked=True), carry)
 
-            zero = _constant(0.0, (ROWS, size), plgpu.Layout.WGMMA)
+            zero = _constant(0.0, (ROWS, channels), plgpu.Layout.WGMMA)
             _, dk, dv = lax.fori_loop(0, group, one_head, (jnp.int32(0), zero, zero))
-            k_smem[warpgroup] = (dk * scale).astype(dtype)
-            v_smem[warpgroup] = dv.astype(dtype)
+            # Since they last met, the warpgroups have read their own channels only of what shared sums overwrite.
+            dk_smem, dv_smem = (q_smem.at[0], do_smem.at[0]) if shared else (k_smem.at[warpgroup], v_smem.at[warpgroup])
+            dk_smem[:, my_channels] = (dk * scale).astype(dtype)
+            dv_smem[:, my_channels] = dv.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(keys, dk_gmem.at[mine])
-            plgpu.copy_smem_to_gmem(values, dv_gmem.at[mine])
+            meet_other(0)
+            mine = sample, pl.ds(block * block_keys + (0 if shared else warpgroup * ROWS), ROWS), kv_head
+            for number, (smem, gmem) in enumerate(((dk_smem, dk_gmem), (dv_smem, dv_gmem))):
+
+                @pl.when(jnp.logical_or(not shared, warpgroup == number))
+                def _store(smem=smem, gmem=gmem):
+                    plgpu.copy_smem_to_gmem(smem, gmem.at[mine])
+
             plgpu.wait_smem_to_gmem(0)
 
-    tile, ring = plgpu.SMEM((CONSUMERS, ROWS, size), dtype), plgpu.SMEM((stages, ROWS, size), dtype)
+    tile, ring = plgpu.SMEM((CONSUMERS, own_keys, size), dtype), plgpu.SMEM((stages, ROWS, size), dtype)
     dk, dv = plgpu.kernel(
         kernel,
         out_type=(jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)),
-        grid=(pl.cdiv(slots, BLOCK), batch, kv_heads),
+        grid=(pl.cdiv(slots, block_keys), batch, kv_heads),
         grid_names=("block", "sample", "head"),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
@@ -514,10 +560,11 @@ def key_gradients(q, k, v, do, rows, ranges, pattern, *, scale: float, stages: i
             ring,
             plgpu.SMEM((stages, 2, ROWS), jnp.float32),
             plgpu.SMEM((stages, 4, ROWS), jnp.int32),
-            plgpu.SMEM((CONSUMERS, ROWS, ROWS), dtype),
+            plgpu.SMEM((CONSUMERS * ROWS, ROWS), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
             plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=2),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, do, rows, lists, lists[pattern, ..., :2], _bounds(ranges), pattern)

@@ -4,6 +4,8 @@ o, lse = decode_attention(q, keys, values, ranges)                  # [B, N, H],
 o, lse = decode_attention(q, quantize_kv(keys, 4), quantize_kv(values, 4), ranges)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -12,6 +14,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.decode_attention import mosaic_gpu, reference
 from pallas_kernels.decode_attention.quantized_kv import QuantizedKV, codes_of, dequantize_kv, quantize_kv
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.operations import state_flops
 
 __all__ = ["QuantizedKV", "codes_of", "decode_attention", "dequantize_kv", "quantize_kv", "unsupported"]
 
@@ -60,11 +63,19 @@ def decode_attention(
     ranges = jnp.broadcast_to(ranges, (q.shape[0], keys.shape[1], 4)).astype(jnp.int32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = dispatch.choose("decode_attention", implementation, unsupported(q, keys, values, table=table))
+    return _attend(choice, scale, q, keys, values, ranges, table)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend(choice, scale, q, keys, values, ranges, table):
     if choice == "xla":
-        return reference.decode_attention(q, keys, values, ranges, table, scale=scale)
-    interpret = plgpu.InterpretGPUParams(detect_races=True) if choice == "interpret" else False
-    config = mosaic_gpu.config_for(q, keys, table)
-    return mosaic_gpu.decode_attention(q, keys, values, ranges, table, scale=scale, config=config, interpret=interpret)
+        o, lse = reference.decode_attention(q, keys, values, ranges, table, scale=scale)
+    else:
+        interpret = plgpu.InterpretGPUParams(detect_races=True) if choice == "interpret" else False
+        options = {"scale": scale, "config": mosaic_gpu.config_for(q, keys, table), "interpret": interpret}
+        o, lse = mosaic_gpu.decode_attention(q, keys, values, ranges, table, **options)
+    slots = keys.shape[2] * (1 if table is None else table.shape[2])
+    return state_flops(o, 4 * q.size * slots, exact=False), lse
 
 
 def _check(q, keys, values, ranges, table):

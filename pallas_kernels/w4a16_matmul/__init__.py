@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.operations import state_flops
 from pallas_kernels.w4a16_matmul import mosaic_gpu, reference
 from pallas_kernels.w4a16_matmul.packed_int4 import PackedInt4, dequantize, pack, unpack
 
@@ -106,7 +107,7 @@ def _kernel(group, padding, interpret):
             stage_weights="smem" if interpret else "registers",
             interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
         )
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return state_flops(y.reshape(*x.shape[:-1], y.shape[-1]), 2 * y.size * x.shape[-1])
 
     @run.def_vmap
     def _(size, batched, x, *weight):

@@ -11,6 +11,7 @@ from pallas_kernels.block_sparse_attention import (
     block_lists,
     block_sparse_attention,
     block_table,
+    count_logits,
     dense_mask,
     reference,
 )
@@ -69,6 +70,16 @@ class TestLists:
             first, count = int(lists.whole[row]), int(lists.count[row])
             np.testing.assert_array_equal(np.sort(lists.indices[row, :first]), np.flatnonzero(whole[row]))
             np.testing.assert_array_equal(np.sort(lists.indices[row, :count]), np.flatnonzero(seen[row]))
+
+    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("longer", [1, 9])
+    def test_logits_are_those_of_the_blocks(self, case, longer):
+        """`count_logits` against the table of blocks of 128 x 128; longer: every query nine times, every key too."""
+        ranges, keys = CASES[case]
+        ranges, keys = np.repeat(ranges, longer, axis=0) * longer, keys * longer
+        rows, columns = min(128, len(ranges)), min(128, keys)
+        seen, _ = block_table(jnp.asarray(ranges), keys, rows=rows, columns=columns)
+        assert count_logits(ranges, keys) == np.asarray(seen).sum() * rows * columns
 
 
 class TestReference:

@@ -154,6 +154,10 @@ CASES = {
     "packed samples differ": lambda: make(
         72, 72, 2, 2, 64, [[packed(72, 72, (0, 11, 40)), packed(72, 72, (3, 65))]], None, BF16, batch=2
     ),
+    "wide heads": lambda: make(141, 203, 3, 1, 256, three_kinds(141, 203), (1, 0, 2)),
+    "padded heads": lambda: make(
+        72, 72, 2, 1, 80, [[packed(72, 72, (0, 11, 40)), packed(72, 72, (3, 65))]], None, FP16, batch=2
+    ),
     "one query": lambda: make(1, 130, 1, 1, 128, causal(1, 130)[None, None]),
     "any ranges": lambda: make(
         20, 300, 2, 1, 64, np.sort(np.random.default_rng(1).integers(0, 301, (1, 1, 20, 4)), axis=-1), None, FP16
@@ -206,7 +210,7 @@ def test_interpreted_kernel_in_shard_map(in_turn):
 @pytest.mark.parametrize(
     "config",
     [
-        mosaic_gpu.Config(keys=64, stages=3, ping_pong=False, dq_stages=1, dkv_stages=1),
+        mosaic_gpu.Config(keys=64, stages=3, ping_pong=False, dq_stages=2, dkv_stages=1),
         mosaic_gpu.config_for(64, BF16),
     ],
 )
@@ -234,22 +238,22 @@ def test_blocks_that_nobody_sees_are_never_read_and_runs_repeat():
 
 
 def test_lists_are_no_longer_than_the_mask():
-    """What the kernels loop over, counted in the dense mask: forward and dq, then dk and dv."""
+    """What the kernels loop over, counted in the dense mask: forward and dq, then dk and dv; with 256 channels, too."""
     ranges = three_kinds(300, 700)
     key = np.arange(700)
     r0, r1, r2, r3 = np.moveaxis(ranges[:, 0, :, :, None], 2, 0)
     dense = ((key >= r0) & (key < r1)) | ((key >= r2) & (key < r3))
-    for rows, transposed in ((mosaic_gpu.BLOCK, False), (mosaic_gpu.ROWS, True)):
-        lists = block_lists(jnp.asarray(ranges), 700, rows=rows, columns=128, transposed=transposed)
-        padded = np.pad(dense, ((0, 0), (0, -300 % rows), (0, -700 % 128)))
-        seen = padded.reshape(3, -1, rows, 6, 128).any((2, 4))
+    for rows, columns, transposed in ((128, 128, False), (64, 128, True), (128, 64, False), (64, 64, True)):
+        lists = block_lists(jnp.asarray(ranges), 700, rows=rows, columns=columns, transposed=transposed)
+        padded = np.pad(dense, ((0, 0), (0, -300 % rows), (0, -700 % columns)))
+        seen = padded.reshape(3, -1, rows, -(-700 // columns), columns).any((2, 4))
         np.testing.assert_array_equal(lists.count[:, 0], seen.sum(1 if transposed else 2))
 
 
 @pytest.mark.parametrize(
     ("size", "dtype", "says"),
     [
-        (96, BF16, "heads have 96 channels and the kernel takes 64 or 128"),
+        (320, BF16, "heads have 320 channels and the kernel takes up to 256"),
         (64, jnp.float32, "the kernel takes bfloat16"),
     ],
 )
@@ -320,8 +324,8 @@ def test_every_configuration_compiles_for_hopper():
             cases.append((one, (q, k, k, q, rows, *mask)))
             products.append(2 * (wide + 4))
 
+    add("forward, heads first", 256, BF16, mosaic_gpu.config_for(256, BF16))
     for size in mosaic_gpu.HEAD_DIMS:
-        add("forward, heads first", size, BF16, mosaic_gpu.config_for(size, BF16))
         for function in ("forward", "dq", "dkv"):
             add(function, size, BF16, mosaic_gpu.config_for(size, BF16))
             add(function, size, FP16, mosaic_gpu.config_for(size, FP16), 1001, 3003, samples=2, batch=2)
