@@ -22,15 +22,17 @@ import jax
 
 from lumen import plan
 from lumen.io.checkpoint import CheckpointError
-from lumen.training import duo_attention, language, lpd, passkey, vq
+from lumen.training import detection, duo_attention, language, lpd, passkey, segmentation, vq
 from lumen.training.config import ConfigError, build_all, load_config
 from lumen.training.loop import NonFiniteError, Run, TrainConfig, WorkdirError, prepare_workdir, set_up, train
 from lumen.training.metrics import MetricsError
 
 # task name -> (its options, what makes it); the configuration section of that name holds the options.
 TASKS = {
+    "detection": (detection.DetectionOptions, detection.make_task),
     "duo_attention": (duo_attention.DuoOptions, duo_attention.make_task),
     "language": (language.LanguageOptions, language.make_task),
+    "lidar_segmentation": (segmentation.SegmentationOptions, segmentation.make_task),
     "lpd": (lpd.LPDOptions, lpd.make_task),
     "passkey": (passkey.PasskeyOptions, passkey.make_passkey_task),
     "vq": (vq.VQOptions, vq.make_task),

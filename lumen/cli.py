@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_generate(commands)
     _add_quantize(commands)
     _add_evaluate(commands)
+    _add_tune(commands)
     flags = parser.parse_args(argv)
     try:
         return flags.run(flags)
@@ -288,6 +289,7 @@ def _add_evaluate(commands) -> None:
     parser.add_argument(
         "--measure", choices=("characters", "tokens"), default="characters", help="of lengths: 3.75 a token, or tokens"
     )
+    _add_scan(_command(kinds, "dataflows", _dataflows, _DATAFLOWS))
     parser = _command(kinds, "memory", _memory, _MEMORY)
     parser.add_argument("--model", required=True, metavar="NAME", help="llama3_8b, qwen25_7b, or a model's folder")
     parser.add_argument("--context", type=int, required=True, metavar="N", help="tokens per sequence")
@@ -464,6 +466,85 @@ def _show(results, out: str, name: str) -> int:
     Image.fromarray(heat_map(results)).save(picture)
     print(f"{name}: {picture}", file=sys.stderr)
     print(json.dumps({key: results[key] for key in ("mean", "lengths", "by_length")}))
+    return 0
+
+
+_DATAFLOWS = """work that each dataflow of MinkUNet's sparse convolutions executes per multiply-add needed
+
+A table by level, on a SemanticKITTI scan or a generated one.
+
+  lumen evaluate dataflows
+  lumen evaluate dataflows --scan dataset/sequences/08/velodyne/000000.bin
+"""
+
+_TUNE = """find the fastest dataflow of every kernel map of MinkUNet, on this machine
+
+Times whole programs, maps included, with one map's dataflow changed at a time, and writes the best of each as JSON with
+all trials; `train.py --config.lidar_segmentation.tuning=FILE` uses it. With --device a cost model decides, for hardware
+that is not here.
+
+  lumen tune --ratio 1.0 --out minkunet.json
+  lumen tune --ratio 1.0 --training --binding backward --device h200 --dtype bfloat16 --out minkunet_h200.json
+"""
+
+
+def _add_tune(commands) -> None:
+    parser = _command(commands, "tune", _tune, _TUNE)
+    _add_scan(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSON to write")
+    parser.add_argument("--training", action="store_true", help="time loss and gradients instead of the forward pass")
+    parser.add_argument(
+        "--binding",
+        choices=("all", "backward", "none"),
+        default="all",
+        help="products that share a dataflow: all three, both gradients, or none; default all",
+    )
+    parser.add_argument("--tiles", type=int, nargs="+", default=[128], metavar="N", help="tile sizes; default 128")
+    parser.add_argument("--device", choices=("h200", "h100", "v5p", "cpu"), help="ask the cost model for this chip")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of features and weights"
+    )
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="timed runs of a program; default 5")
+
+
+def _add_scan(parser: argparse.ArgumentParser) -> None:
+    """A network and a scan for it."""
+    parser.add_argument("--ratio", type=float, default=1.0, metavar="X", help="width of MinkUNet; default 1.0")
+    parser.add_argument(
+        "--scan", metavar="FILE", help="float32 [n, 4] as SemanticKITTI has it; default: a generated one"
+    )
+    parser.add_argument("--voxel-size", type=float, default=0.05, metavar="M", help="metres; default 0.05")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the generated scan; default 0")
+
+
+def _scan(flags: argparse.Namespace):
+    """float32 [n, 4]."""
+    from lumen.training.lidar import read_scan, street_scans
+
+    return read_scan(flags.scan) if flags.scan else street_scans("train", scans=1, seed=flags.seed)[0]["points"]
+
+
+def _dataflows(flags: argparse.Namespace) -> int:
+    from lumen.evaluation.dataflows import redundancy, redundancy_table, scan_tensor
+    from lumen.sparse.minkunet import MinkUNetConfig
+
+    rows = redundancy(scan_tensor(_scan(flags), flags.voxel_size), MinkUNetConfig.scaled(flags.ratio))
+    print(redundancy_table(rows))
+    return 0
+
+
+def _tune(flags: argparse.Namespace) -> int:
+    from lumen.evaluation.dataflows import tune_minkunet
+    from lumen.sparse.minkunet import MinkUNetConfig
+
+    names = ("voxel_size", "training", "binding", "tiles", "device", "dtype", "runs", "seed")
+    options = {name: getattr(flags, name) for name in names}
+    tuning = tune_minkunet(MinkUNetConfig.scaled(flags.ratio), _scan(flags), **options)
+    tuning.save(flags.out)
+    if tuning.objective == "cost model":
+        print(f"tune: nothing was timed; a cost model of {flags.device} decided.", file=sys.stderr)
+    seconds = {"default_seconds": tuning.default_seconds, "tuned_seconds": tuning.tuned_seconds}
+    print(json.dumps({"objective": tuning.objective, **seconds, "out": flags.out}))
     return 0
 
 

@@ -53,6 +53,10 @@ class Frozen(nnx.Variable):
     """A weight that does not train: not an nnx.Param, so `nnx.split(model, nnx.Param, ...)` leaves it aside."""
 
 
+class Statistic(nnx.Variable):
+    """A running statistic, kept in float32: a layer in training sets it, and a training step keeps what was set."""
+
+
 def freeze[Module: nnx.Module](module: Module) -> Module:
     """A copy of a module in which every parameter is `Frozen`."""
     module = nnx.clone(module)

@@ -44,15 +44,19 @@ def choose(op: str, wish: Implementation, unsupported: str | None) -> Literal["x
 
 
 def no_hopper() -> str | None:
-    """Why Mosaic GPU kernels cannot run here, as the end of a sentence; None on a Hopper GPU.
-
-    "Here" is the chip of the mesh in JAX's context (jax.set_mesh), else the default device: a program that is compiled
-    for an absent GPU under its mesh gets that GPU's kernels.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    if re.search(r"\bG?H(20|100|200|800)\b", device.device_kind):
+    """Why Mosaic GPU kernels cannot run here, as the end of a sentence; None on a Hopper GPU."""
+    if re.search(r"\bG?H(20|100|200|800)\b", device_kind()):
         return None
-    return f"the kernel needs a Hopper GPU (H100, H200) and this is {device.device_kind}"
+    return f"the kernel needs a Hopper GPU (H100, H200) and this is {device_kind()}"
+
+
+def device_kind() -> str:
+    """The chip that programs traced here are for: "cpu", "NVIDIA H200", "TPU v5p", ...
+
+    It is that of the mesh in JAX's context (jax.set_mesh), else the default device: a program that is compiled for an
+    absent GPU under its mesh gets that GPU's kernels.
+    """
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
 
 
 @functools.cache

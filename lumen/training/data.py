@@ -767,6 +767,7 @@ def make_batches(
     workers: int = 0,
     process_index: int | None = None,
     process_count: int | None = None,
+    collate: Callable[[Sequence[Record]], Record] | None = None,
 ) -> Batches:
     """An iterator over batches of a source: dicts of NumPy arrays, the records' values stacked along a new first axis.
 
@@ -791,6 +792,7 @@ def make_batches(
         Workers are spawned, so the caller's script needs an `if __name__ == "__main__"` guard, and transforms must be
         picklable by cloudpickle.
       process_index, process_count: default: JAX's.
+      collate: makes a batch of its records where these cannot be stacked.
     Returns:
       `Batches`, with get_state, set_state and close.
     Raises:
@@ -825,7 +827,8 @@ def make_batches(
     add_mask = functools.partial(_add_mask, records=len(source))
     records = records.repeat() if repeat else records.map_with_index(add_mask)
     # Blocks of b rows, of which this process takes every process_count-th: exactly its part of each global batch.
-    blocks = records.batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
+    blocks = records.batch(batch_size // process_count, drop_remainder=True, batch_fn=collate)
+    blocks = blocks[process_index::process_count]
     # Plain types, whatever the configuration held: the state is written as JSON.
     identity = {
         "records": len(source),

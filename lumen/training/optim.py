@@ -11,10 +11,11 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a warm-up and a decay.
+    """An optimiser with a warm-up and a decay of its learning rate.
 
     Attributes:
-      name: "adamw" (decoupled decay) or "adam" with the decay added to the gradient.
+      name: "adamw" (decoupled decay), "adam" with the decay added to the gradient, or "sgd", likewise, with Nesterov's
+        momentum beta1.
       learning_rate: the peak.
       schedule: after the warm-up, "constant", or "cosine" from `decay_start` to the end; or "trapezoid", which goes
         down at the end as it went up, and never below `final_learning_rate`.
@@ -25,7 +26,7 @@ class OptimizerConfig:
       clip_norm: global gradient norm above which gradients are scaled down; 0 is off.
     """
 
-    name: Literal["adamw", "adam"] = "adamw"
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = 1e-4
     schedule: Literal["constant", "cosine", "trapezoid"] = "cosine"
     warmup_steps: int = 0
@@ -79,7 +80,7 @@ def decayed(path, _) -> bool:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """The optimiser of a config: clip, Adam, decay, minus the learning rate."""
+    """The optimiser of a config: clip, Adam or momentum, decay, minus the learning rate."""
 
     def rate(step):
         # optax counts updates from 0; the first update is made at the rate of step 0 of the original's schedule.
@@ -88,5 +89,6 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     decay = optax.add_decayed_weights(config.weight_decay, mask=lambda p: jax.tree.map_with_path(decayed, p))
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    order = (adam, decay) if config.name == "adamw" else (decay, adam)
+    momentum = optax.trace(config.beta1, nesterov=True)
+    order = {"adamw": (adam, decay), "adam": (decay, adam), "sgd": (decay, momentum)}[config.name]
     return optax.chain(clip, *order, optax.scale_by_learning_rate(rate))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lumen.layers import Statistic
 from lumen.sharding import batch_sharding, tree_shardings
 
 
@@ -61,7 +62,8 @@ def make_train_step(
 
     Args:
       graphdef: the model's static part, from `nnx.split`.
-      loss: mean over the batch it is given.
+      loss: mean over the batch it is given. Where it runs the model in training, what that sets of the model's
+        `Statistic` variables (running statistics of norms) is kept; with `accumulate`, part after part.
       optimizer: an optax transformation.
       compute_dtype: parameters are cast to it before the forward pass; the update stays in float32.
       accumulate: the batch is run in so many equal parts, one after the other; gradients and metrics are averaged.
@@ -73,34 +75,40 @@ def make_train_step(
     """
 
     def gradients(params, frozen, batch, key, number):
-        def loss_fn(params):
-            model = nnx.merge(graphdef, cast_floats(params, compute_dtype), cast_floats(frozen, compute_dtype))
-            value, metrics = loss(model, batch, key, number)
-            return value, {"loss": value, **metrics}
+        statistics, constants = nnx.split_state(frozen, Statistic, ...)
 
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        return grads, metrics
+        def loss_fn(params):
+            others = (statistics, cast_floats(constants, compute_dtype))
+            # A copy: variables made in this trace, which the model may set.
+            model = nnx.merge(graphdef, cast_floats(params, compute_dtype), *others, copy=True)
+            value, metrics = loss(model, batch, key, number)
+            return value, ({"loss": value, **metrics}, nnx.state(model, Statistic))
+
+        (_, (metrics, moved)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return grads, metrics, nnx.merge_state(moved, constants)
 
     def step(state: TrainState, batch, key):
         key = jax.random.fold_in(key, state.step)
         if accumulate == 1:
-            grads, metrics = gradients(state.params, state.frozen, batch, key, state.step)
+            grads, metrics, frozen = gradients(state.params, state.frozen, batch, key, state.step)
         else:
             # Every accumulate-th row: each part then lies over all devices, as the batch does.
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
             first = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(gradients, state.params, state.frozen, first, key, state.step)
+            shapes = jax.eval_shape(gradients, state.params, state.frozen, first, key, state.step)[:2]
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-            def add(total, part_and_key):
+            def add(carry, part_and_key):
+                total, frozen = carry
                 part, part_key = part_and_key
-                new = gradients(state.params, state.frozen, part, part_key, state.step)
-                return jax.tree.map(lambda a, b: a + b / accumulate, total, new), None
+                *new, frozen = gradients(state.params, frozen, part, part_key, state.step)
+                return (jax.tree.map(lambda a, b: a + b / accumulate, total, tuple(new)), frozen), None
 
-            (grads, metrics), _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulate)))
+            start = (zeros, state.frozen)
+            ((grads, metrics), frozen), _ = jax.lax.scan(add, start, (parts, jax.random.split(key, accumulate)))
         metrics["gradient_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params, frozen = optax.apply_updates(state.params, updates), state.frozen
+        params = optax.apply_updates(state.params, updates)
         if adjust is not None:
             model = adjust(nnx.merge(graphdef, params, frozen), batch, jax.random.fold_in(key, 1), state.step)
             _, params, frozen = nnx.split(model, nnx.Param, ...)

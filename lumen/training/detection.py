@@ -1,0 +1,429 @@
+"""Training of CenterPoint and SECOND on LiDAR scans with boxes, and their evaluation.
+
+A source gives record i as {"points": float32 [n, 5], x, y, z in metres, intensity and age in seconds; "boxes": float32
+[m, 9], see `lumen.sparse.boxes`, with velocities; "names": the class of each box}.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from lumen.evaluation.detection import Scan, boxes_from_above, detection_metrics
+from lumen.io import pretrained
+from lumen.io.names.openpcdet import centerpoint_rules, second_rules
+from lumen.sharding import RULES, batch_sharding, tree_shardings
+from lumen.sparse.centerpoint import CenterPoint, CenterPointConfig, centerpoint_loss, decode
+from lumen.sparse.detection import VoxelGrid, batch_spec
+from lumen.sparse.second import SECOND, SECONDConfig, decode_anchors, second_loss
+from lumen.sparse.tensor import check_capacity, morton_key
+from lumen.sparse.tuning import Tuning
+from lumen.sparse.voxels import hard_voxelize
+from lumen.training.config import ConfigError
+from lumen.training.data import Batches, Record, make_batches
+from lumen.training.lidar import MAX_RANGE, SENSOR_HEIGHT, capacity_ladder, cast_rays, random_street
+from lumen.training.loop import Pictures, Task
+from lumen.training.segmentation import over_groups
+from lumen.training.vq import sized
+
+Split = Literal["train", "validation", "test"]
+Config = CenterPointConfig | SECONDConfig
+
+# Fewer points than this do not show what a box is.
+_LEAST_POINTS = 5
+_STREET_NAMES = {1: "car", 2: "pole", 3: "building"}
+
+
+# --- Sources ----------------------------------------------------------------------------------------------------------
+
+
+def points_in_boxes(points, boxes) -> np.ndarray:
+    """How many points each box holds, integers [m], of float [n, 3 or more] and [m, 7 or more]."""
+    counts = np.zeros(len(boxes), np.int64)
+    for i, box in enumerate(boxes):
+        away = points[:, :3] - box[:3]
+        cos, sin = math.cos(box[6]), math.sin(box[6])
+        along, across = away[:, 0] * cos + away[:, 1] * sin, away[:, 1] * cos - away[:, 0] * sin
+        local = np.stack([along, across, away[:, 2]], 1)
+        counts[i] = np.count_nonzero((np.abs(local) <= box[3:6] / 2).all(1))
+    return counts
+
+
+class _StreetScenes:
+    """Records of `street_scenes`, cast when read."""
+
+    def __init__(self, scans: int, beams: int, azimuths: int, seeds: tuple[int, int]):
+        self._scans, self._beams, self._azimuths, self._seeds = scans, beams, azimuths, seeds
+
+    def __len__(self) -> int:
+        return self._scans
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < self._scans:
+            raise IndexError(f"street_scenes: record {index} of {self._scans}.")
+        rng = np.random.default_rng((*self._seeds, index))
+        street = random_street(rng)
+        directions, distances, _ = cast_rays(street, self._beams, self._azimuths)
+        met = distances <= MAX_RANGE
+        measured = distances[met] + rng.normal(0, 0.01, np.count_nonzero(met))
+        points = np.zeros((len(measured), 5), np.float32)
+        points[:, :3], points[:, 3] = directions[met] * measured[:, None], rng.uniform(0, 1, len(measured))
+        boxes = np.zeros((len(street.labels), 9), np.float32)
+        boxes[:, :2], boxes[:, 2] = street.centres, street.sizes[:, 2] / 2 - SENSOR_HEIGHT
+        boxes[:, 3:6], boxes[:, 6] = street.sizes, street.headings
+        grown = boxes + np.array([0, 0, 0, 0.1, 0.1, 0.1, 0, 0, 0], np.float32)  # points lie on the surface
+        seen = points_in_boxes(points, grown) >= _LEAST_POINTS
+        names = np.array([_STREET_NAMES[label] for label in street.labels.tolist()])
+        return {"points": points, "boxes": boxes[seen], "names": names[seen]}
+
+
+def street_scenes(split: Split, *, scans: int, beams: int = 64, azimuths: int = 2048, seed: int = 0):
+    """Scans of made-up streets with the boxes of "car", "pole" and "building" that at least 5 points are on.
+
+    As `lumen.training.lidar.street_scans`, but intensity says nothing: what is what has to be seen in shapes. Nothing
+    moves.
+
+    Args:
+      split: another split, other streets.
+      scans: number of records; record i depends on (seed, split, i) alone.
+      beams, azimuths: rays of the sensor.
+      seed: >= 0.
+    """
+    return _StreetScenes(scans, beams, azimuths, (seed, ("train", "validation", "test").index(split)))
+
+
+class _SceneFiles:
+    """Records of `scene_folder`, read one by one."""
+
+    def __init__(self, files: Sequence[pathlib.Path]):
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Record:
+        file = self._files[index]
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                points, boxes, names = (arrays[name] for name in ("points", "boxes", "names"))
+        except (OSError, KeyError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"scene_folder: {file} cannot be read ({error}); wanted an .npz file of points, boxes and names."
+            ) from error
+        if points.ndim != 2 or boxes.ndim != 2 or boxes.shape[1] != 9 or names.shape != boxes.shape[:1]:
+            raise ValueError(
+                f"scene_folder: {file} holds points {list(points.shape)}, boxes {list(boxes.shape)} and names "
+                f"{list(names.shape)}; wanted [n, C], [m, 9] and [m]."
+            )
+        return {"points": points.astype(np.float32), "boxes": boxes.astype(np.float32), "names": names}
+
+
+def scene_folder(root: str | pathlib.Path):
+    """Scans in a folder, an .npz file each, in the order of their names: whatever a data set was converted into.
+
+    A file holds points [n, C], boxes [m, 9] (x, y, z, length, width, height, heading, and velocity, which may be NaN)
+    in the sensor's frame, and names, strings [m].
+
+    Raises:
+      FileNotFoundError: if there are none.
+      ValueError: when a record is read that is not as described.
+    """
+    files = sorted(pathlib.Path(root).glob("*.npz"))
+    if not files:
+        raise FileNotFoundError(f"scene_folder: {root} holds no .npz files; wanted one per scan.")
+    return _SceneFiles(files)
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionData:
+    """Which scans.
+
+    Attributes:
+      name: "street_scenes" are made up as they are read; "scene_folder" is path/train and path/val of .npz files.
+      path: of the folder.
+      scans: of made-up streets in training; held out are an eighth of it.
+      beams, azimuths: of their sensor.
+      workers: processes that prepare batches; 0 uses threads.
+    """
+
+    name: Literal["street_scenes", "scene_folder"] = "street_scenes"
+    path: str = ""
+    scans: int = 256
+    beams: int = 64
+    azimuths: int = 2048
+    workers: int = 0
+
+    def source(self, split: Split, seed: int):
+        """The scans of a split; of a folder, what is called validation is also its test."""
+        if self.name == "scene_folder":
+            return scene_folder(pathlib.Path(self.path) / ("train" if split == "train" else "val"))
+        scans = self.scans if split == "train" else max(1, self.scans // 8)
+        return street_scenes(split, scans=scans, beams=self.beams, azimuths=self.azimuths, seed=seed)
+
+
+# --- From records to batches ------------------------------------------------------------------------------------------
+
+
+def augment(record: Record, rng: np.random.Generator) -> Record:
+    """Transform: the whole scene mirrored along x and along y by chance, turned by up to pi / 4, scaled by 0.9 to 1.1
+    and moved by 0.5 m (a standard deviation along each axis), with all boxes and velocities.
+
+    Source: OpenPCDet's nuScenes configuration. Not in it here: objects pasted in from other scans.
+    """
+    points, boxes = record["points"].copy(), record["boxes"].copy()
+    for axis in (0, 1):
+        if rng.integers(2):
+            points[:, axis], boxes[:, axis], boxes[:, 7 + axis] = -points[:, axis], -boxes[:, axis], -boxes[:, 7 + axis]
+            boxes[:, 6] = (math.pi if axis == 0 else 0) - boxes[:, 6]
+    angle, scale, moved = rng.uniform(-math.pi / 4, math.pi / 4), rng.uniform(0.9, 1.1), rng.normal(0, 0.5, 3)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    for rows in (points[:, :2], boxes[:, :2], boxes[:, 7:9]):
+        rows[:] = rows @ turn.T * scale
+    points[:, 2] *= scale
+    boxes[:, 2:6] *= scale
+    boxes[:, 6] += angle
+    points[:, :3] += moved
+    boxes[:, :3] += moved
+    return {**record, "points": points, "boxes": boxes}
+
+
+def to_voxels(record: Record, rng: np.random.Generator, *, config: Config, train: bool) -> Record:
+    """Transform: points to voxels in Morton order, and the boxes of the config's classes that are centred in its grid.
+
+    In training the points are shuffled first, as the limits of voxels and of points per voxel keep the first ones.
+    """
+    grid: VoxelGrid = config.grid
+    points = rng.permutation(record["points"]) if train else record["points"]
+    channels = config.backbone.inputs
+    if points.shape[1] < channels:
+        raise ValueError(
+            f"detection: points have {points.shape[1]} columns and the model reads {channels}; wanted at least as "
+            f"many. Set model.backbone.inputs={points.shape[1]}."
+        )
+    voxels = hard_voxelize(
+        points[:, :channels],
+        grid.voxel,
+        (*grid.lower, *grid.upper),
+        max_points=config.points,
+        max_voxels=config.voxels if train else config.evaluation_voxels,
+    )
+    coordinates = voxels.coordinates[:, ::-1].astype(np.int32)
+    order = np.lexsort(morton_key(np.pad(coordinates, ((0, 0), (1, 0))), grid.spatial_shape)[::-1])
+    boxes = record["boxes"]
+    ids = {name: i for i, name in enumerate(config.classes)}
+    classes = np.array([ids.get(str(name), -1) for name in record["names"]], np.int32)
+    kept = (classes >= 0) & ((boxes[:, :3] >= grid.lower) & (boxes[:, :3] < grid.upper)).all(1)
+    result = {
+        "coordinates": coordinates[order],
+        "features": voxels.features[order],
+        "boxes": boxes[kept, : config.columns],
+        "classes": classes[kept],
+    }
+    return result if train else result | {"points": record["points"]}
+
+
+def collate(
+    records: Sequence[Record], *, scans_per_group: int, capacities: tuple[int, ...], boxes: int
+) -> dict[str, Any]:
+    """Joins records into groups on the lowest capacity that holds them all; of boxes the first `boxes` are kept."""
+    groups = [records[i : i + scans_per_group] for i in range(0, len(records), scans_per_group)]
+    counts = [sum(len(record["coordinates"]) for record in group) for group in groups]
+    capacity = next(size for size in capacities if size >= max(counts))
+    columns, channels = records[0]["boxes"].shape[1], records[0]["features"].shape[1]
+    batch = {
+        "coordinates": np.zeros((len(groups), capacity, 4), np.int32),
+        "features": np.zeros((len(groups), capacity, channels), np.float32),
+        "count": np.array(counts, np.int32),
+        "boxes": np.zeros((len(groups), scans_per_group, boxes, columns), np.float32),
+        "classes": np.full((len(groups), scans_per_group, boxes), -1, np.int32),
+    }
+    for g, group in enumerate(groups):
+        begin = 0
+        for s, record in enumerate(group):
+            end, number = begin + len(record["coordinates"]), min(len(record["boxes"]), boxes)
+            batch["coordinates"][g, begin:end, 0], batch["coordinates"][g, begin:end, 1:] = s, record["coordinates"]
+            batch["features"][g, begin:end] = record["features"]
+            batch["boxes"][g, s, :number] = record["boxes"][:number]
+            batch["classes"][g, s, :number] = record["classes"][:number]
+            begin = end
+    return batch
+
+
+# --- The task ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionOptions:
+    """What a detection run has beside `TrainConfig`.
+
+    Attributes:
+      detector: the kind of model.
+      model: {"size": "nuscenes", "waymo" or "debug"; of "second" "kitti" or "debug"} and whatever differs, such as
+        {"backbone": {"residual": False}}.
+      data: which scans.
+      scans_per_group: scans in a sparse tensor; a device has one.
+      boxes: per scan at most.
+      augment: mirror, turn, scale and move scenes in training.
+      tuning: a file of tuned dataflows; empty for the default ones.
+      evaluation_scans: held-out scans of the final evaluation; 0 for all.
+    """
+
+    detector: Literal["centerpoint", "second"] = "centerpoint"
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: DetectionData = dataclasses.field(default_factory=DetectionData)
+    scans_per_group: int = 1
+    boxes: int = 500
+    augment: bool = True
+    tuning: str = ""
+    evaluation_scans: int = 0
+
+    def __post_init__(self):
+        if min(self.scans_per_group, self.boxes) < 1 or self.evaluation_scans < 0:
+            raise ValueError(
+                f"scans_per_group={self.scans_per_group}, boxes={self.boxes}, evaluation_scans="
+                f"{self.evaluation_scans}; wanted at least 1, 1 and 0."
+            )
+
+    def config(self) -> Config:
+        """The model's sizes."""
+        kind, sizes = {
+            "centerpoint": (CenterPointConfig, ("nuscenes", "waymo", "debug")),
+            "second": (SECONDConfig, ("kitti", "debug")),
+        }[self.detector]
+        size = self.model.get("size", sizes[0])
+        named = dataclasses.asdict(getattr(kind, size)()) if size in sizes else {}
+        config = sized(kind, _merged(named, {"size": size, **self.model}) | {"size": size}, sizes, "detection.model")
+        if not self.tuning:
+            return config
+        backbone = dataclasses.replace(config.backbone, dataflows=Tuning.load(self.tuning).dataflows)
+        return dataclasses.replace(config, backbone=backbone)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `changes`, section by section."""
+    result = dict(base)
+    for name, value in changes.items():
+        below = result.get(name)
+        result[name] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def make_task(
+    options: DetectionOptions, *, batch_size: int, seed: int, total_steps: int, workdir: pathlib.Path
+) -> Task:
+    """The parts of a run."""
+    del total_steps, workdir
+    config, scans = options.config(), options.scans_per_group
+    source = functools.cache(lambda split: options.data.source(split, seed))
+    if batch_size % scans:
+        raise ConfigError(
+            f"config.batch_size={batch_size} is no multiple of detection.scans_per_group={scans}; a group is one "
+            "sparse tensor."
+        )
+    parts: dict[str, tuple[Any, ...]] = {
+        "centerpoint": (CenterPoint, centerpoint_loss, decode, centerpoint_rules()),
+        "second": (SECOND, second_loss, decode_anchors, second_rules()),
+    }
+    build, group_loss, read, rules = parts[options.detector]
+
+    def spec(voxels: int):
+        rows = capacity_ladder(scans * voxels, 1)[0]
+        group = batch_spec(config.backbone.inputs, config.columns, scans=scans, voxels=rows, boxes=options.boxes)
+        return {name: jax.ShapeDtypeStruct((batch_size // scans, *one.shape), one.dtype) for name, one in group.items()}
+
+    def batches(split: Split, *, train: bool) -> Batches:
+        many = train and jax.process_count() > 1
+        voxels = config.voxels if train else config.evaluation_voxels
+        join = functools.partial(
+            collate,
+            scans_per_group=scans if train else 1,
+            capacities=capacity_ladder((scans if train else 1) * voxels, 1 if many else 3),
+            boxes=options.boxes,
+        )
+        if not train:  # one scan at a time, which keeps its points
+            return make_batches(
+                source(split),
+                batch_size=1,
+                seed=0,
+                transforms=[functools.partial(to_voxels, config=config, train=False)],
+                repeat=False,
+                process_index=0,
+                process_count=1,
+                collate=lambda records: join(records) | {"points": records[0]["points"]},
+            )
+        return make_batches(
+            source(split),
+            batch_size=batch_size,
+            seed=seed,
+            transforms=[
+                *([augment] if options.augment else []),
+                functools.partial(to_voxels, config=config, train=True),
+            ],
+            workers=options.data.workers,
+            collate=join,
+        )
+
+    @jax.jit
+    def find(model, group):
+        predictions, levels = model(model.voxels(group))
+        return read(predictions, config), levels
+
+    def measure(model, split: Split, number: int) -> tuple[dict[str, Any], Pictures]:
+        results, picture = [], None
+        for batch in batches(split, train=False):
+            points = batch.pop("points")
+            group = {name: rows[0] for name, rows in batch.items() if name != "mask"}
+            found, levels = find(model, group)
+            check_capacity(levels)
+            boxes, scores, classes = (np.asarray(one[0]) for one in (found.boxes, found.scores, found.classes))
+            there, true = classes >= 0, group["classes"][0] >= 0
+            truth = group["boxes"][0][true], group["classes"][0][true]
+            results.append(Scan(boxes[there], scores[there], classes[there], *truth))
+            if picture is None:
+                reach = max(*config.grid.upper[:2], *(-one for one in config.grid.lower[:2]))
+                sure = there & (scores > 0.3)
+                picture = boxes_from_above(points, Scan(boxes[sure], scores[sure], classes[sure], *truth), reach=reach)
+            if number and len(results) >= number:
+                break
+        assert picture is not None, "a source has at least one scan"
+        return detection_metrics(results, config.classes) | {"scans": len(results)}, {"boxes": picture}
+
+    def monitor(model, key):
+        del key
+        metrics, pictures = measure(model, "validation", 8)
+        return {"mean_ap": metrics["mean_ap"]}, pictures
+
+    def inference(mesh):
+        layout = tree_shardings(abstract := nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))), mesh)
+        model = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
+        batch = {
+            name: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=batch_sharding(mesh))
+            for name, one in spec(config.evaluation_voxels).items()
+        }
+
+        def local(model, batch):
+            groups = [jax.tree.map(lambda rows, i=i: rows[i], batch) for i in range(batch["count"].shape[0])]
+            return jax.tree.map(lambda *each: jnp.stack(each), *[find(model, group)[0] for group in groups])
+
+        split = PartitionSpec(RULES["batch"])
+        specs = {"in_specs": (PartitionSpec(), split), "out_specs": split}
+        return jax.jit(jax.shard_map(local, mesh=mesh, check_vma=False, **specs)), (model, batch)
+
+    return Task(
+        build=lambda rngs: build(config, rngs=rngs),
+        loss=lambda model, batch, key, step: over_groups(group_loss, model, batch),
+        batch_spec=spec(config.voxels),
+        batches=lambda: batches("train", train=True),
+        monitor=monitor,
+        evaluate=lambda model, key, workdir: measure(model, "test", options.evaluation_scans),
+        inference=inference,
+        export=lambda model, workdir: pretrained.save(workdir / "model.safetensors", model, rules),
+    )
