@@ -144,7 +144,10 @@ _MOVES = re.compile(
 )
 
 
-_AT_MOST = "attention that data decide is counted at its fullest: full rows, full caches, dense heads"
+_AT_MOST = (
+    "what data decide is counted at its fullest: attention of full rows, full caches and dense heads, sparse "
+    "convolutions of full windows at full capacity"
+)
 
 
 def count_flops(jaxpr) -> Flops:
@@ -156,8 +159,8 @@ def count_flops(jaxpr) -> Flops:
     per input element; sorts and Fourier transforms are thus counted too low. A scan counts times its length, a
     conditional as its largest branch, the inside of a shard_map once per device along its axes, a Pallas kernel by its
     cost estimate. Calls that state their FLOPs, as `pallas_kernels.operations.state_flops` has it, are taken at their
-    word: attention counts the blocks that its masks show, with products only. The notes tell of upper bounds, of while
-    loops of unknown length (counted once) and of kernels without an estimate.
+    word: attention counts the blocks that its masks show, with products only, a sparse convolution full windows. The
+    notes tell of upper bounds, of while loops of unknown length (counted once) and of kernels without an estimate.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return _jaxpr_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])

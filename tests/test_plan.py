@@ -158,7 +158,10 @@ def test_a_kernel_counts_by_its_estimate(estimate):
 
 # --- FLOPs of attention, whose loops and kernels do not show how much they do.
 
-NOTE = "attention that data decide is counted at its fullest: full rows, full caches, dense heads"
+NOTE = (
+    "what data decide is counted at its fullest: attention of full rows, full caches and dense heads, sparse "
+    "convolutions of full windows at full capacity"
+)
 
 
 def attention_flops(mask, *, shape=(2, 1024, 4, 2, 64), gradient=False, implementation: Implementation = "xla"):

@@ -14,17 +14,18 @@ def get_config():
     config = ml_collections.ConfigDict()
     config.task = "lidar_segmentation"
     config.seed = 0
-    config.total_steps = 300
-    config.batch_size = 2
+    config.total_steps = 900
+    config.batch_size = 1
     config.optimizer = dict(
-        name="adamw", learning_rate=5e-3, warmup_steps=20, weight_decay=1e-2, final_learning_rate=1e-5, clip_norm=10.0
+        name="adamw", learning_rate=4e-3, warmup_steps=30, weight_decay=1e-2, final_learning_rate=1e-5, clip_norm=10.0
     )
-    config.log_every = 20
-    config.save_every = 150
+    config.log_every = 50
+    config.save_every = 300
     config.lidar_segmentation = dict(
         ratio=0.25,
         level_fractions=(0.75, 0.5, 0.3, 0.2),
-        data=dict(name="street_scans", scans=256, beams=32, azimuths=1024),
-        scans=dict(voxel_size=0.2, spatial_shape=(1024, 1024, 128), scans_per_group=2, max_voxels=14_000),
+        data=dict(name="street_scans", scans=512, beams=32, azimuths=1024),
+        evaluation_scans=32,
+        scans=dict(voxel_size=0.2, spatial_shape=(1024, 1024, 128), max_voxels=12_000),
     )
     return config

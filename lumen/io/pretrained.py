@@ -78,7 +78,8 @@ def load[Model: nnx.Module](
     Args:
       path_or_dict: a .safetensors file; a directory with model.safetensors, or with model.safetensors.index.json and
         its shards; a .npz file; a .pt or .pth file (needs `pip install lumen[convert]`; a state dict, or a dict holding
-        it under "model"; read by `torch.load(weights_only=True)`, so nothing in it is executed); or {name: array}.
+        it under "model" or "model_state"; read by `torch.load(weights_only=True)`, so nothing in it is executed); or
+        {name: array}.
       model, rules, ignored, prefix: as in `from_original`.
     Raises:
       FileNotFoundError: naming the file, or every shard, that is not there.
@@ -647,12 +648,15 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         ) from error
     except Exception as error:  # the zip archive around the pickle is damaged
         raise _unreadable(path, f"{type(error).__name__}: {str(error).split('. ')[0]}") from error
-    state = held.get("model", held) if isinstance(held, dict) else held
+    state = held
+    if isinstance(held, dict):
+        state = next((held[name] for name in ("model", "model_state") if name in held), held)
     if not isinstance(state, dict):
         raise ValueError(f"load: {path} holds a {type(state).__name__}; wanted a dict of tensors.")
     if others := sorted(str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)):
         raise ValueError(
-            f"load: {path}: {', '.join(others)} are not tensors; wanted a state dict, or one under the key 'model'."
+            f"load: {path}: {', '.join(others)} are not tensors; wanted a state dict, or one under the key 'model' or "
+            "'model_state'."
         )
 
     def to_numpy(tensor):

@@ -99,8 +99,8 @@ class BackboneConfig:
       outputs: channels of the last layer.
       residual: whether levels are made of residual blocks, as in CenterPoint, or of plain ones.
       level_fractions: capacities of levels 2, 3, 4 and of the output as fractions of the input's rows. Scans of street
-        scenes (`lumen.training.lidar.street_scans`) in the published grids need up to (1.23, 0.68, 0.48, 0.41);
-        scattered voxels more, up to 8.
+        scenes (`lumen.training.lidar.street_scans`) in the published grids need up to (1.23, 0.68, 0.48, 0.41), and
+        (1.51, 1.03, 0.49, 0.43) where only a part of their voxels is kept; scattered voxels more, up to 8.
       dataflows: by map, see `MAP_NAMES`; one that is not named runs as `Dataflows()` says.
     """
 
@@ -108,7 +108,7 @@ class BackboneConfig:
     widths: tuple[int, ...] = (16, 32, 64, 64)
     outputs: int = 128
     residual: bool = False
-    level_fractions: tuple[float, ...] = (1.5, 0.875, 0.625, 0.5)
+    level_fractions: tuple[float, ...] = (2.0, 1.25, 0.625, 0.5)
     dataflows: tuple[tuple[str, Dataflows], ...] = ()
 
     def __post_init__(self):

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.operations import state_flops
 from pallas_kernels.sparse_convolution import mosaic_gpu, reference
 from pallas_kernels.sparse_convolution.kernel_map import (
     Dataflow,
@@ -63,7 +64,7 @@ def sparse_convolution(x, w, kernel_map: KernelMap, *, implementation: Implement
     Returns:
       [M, D] in x's dtype.
     Raises:
-      ValueError: for shapes that do not fit, or an implementation that cannot run the case.
+      ValueError: for shapes that do not fit, an x that is not floating, or an implementation that cannot run the case.
     Source: TorchSparse++, arXiv:2311.12862; torchsparse/nn/functional/conv. Deviation: no atomics anywhere.
     """
     offsets, outputs = kernel_map.table.shape
@@ -98,19 +99,8 @@ def unsupported(x, w, kernel_map: KernelMap) -> str | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve(choice, x, w, kernel_map):
-    product, _ = _products(choice, kernel_map.identity)
-    return product(x, w, kernel_map.table, kernel_map.forward, kernel_map.dataflows.forward).astype(x.dtype)
-
-
-def _products(choice, identity):
-    """The product and the weight gradient of an implementation."""
-    if choice == "xla":
-        module, options = reference, {}
-    else:
-        interpret = plgpu.InterpretGPUParams(detect_races=True) if choice == "interpret" else False
-        module, options = mosaic_gpu, {"interpret": interpret}
-    options["identity"] = identity
-    return (functools.partial(function, **options) for function in (module.product, module.weight_gradient))
+    flow = kernel_map.dataflows.forward
+    return _product(choice, flow, kernel_map.identity, x, w, kernel_map.table, kernel_map.forward)
 
 
 def _forward(choice, x, w, kernel_map):
@@ -119,15 +109,37 @@ def _forward(choice, x, w, kernel_map):
 
 def _backward(choice, kept, dy):
     x, w, kernel_map = kept
-    product, weight_gradient = _products(choice, kernel_map.identity)
-    flows = kernel_map.dataflows
+    flows, identity = kernel_map.dataflows, kernel_map.identity
     if choice == "xla":
         # Whatever a loss says of padding rows, they were not computed from anything. The kernel does not read them.
         used = jnp.arange(dy.shape[0]) < kernel_map.count
         dy = jnp.where(used[:, None], dy, 0)
-    dx = product(dy, w.swapaxes(1, 2), kernel_map.transposed, kernel_map.dgrad, flows.dgrad)
-    dw = weight_gradient(x, dy, kernel_map.table, kernel_map.wgrad, flows.wgrad)
-    return dx.astype(x.dtype), dw.astype(w.dtype), None
+    dx = _product(choice, flows.dgrad, identity, dy, w.swapaxes(1, 2), kernel_map.transposed, kernel_map.dgrad)
+    dw = _weight_gradient(choice, flows.wgrad, identity, x, dy, kernel_map.table, kernel_map.wgrad)
+    return dx, dw.astype(w.dtype), None
 
 
 _convolve.defvjp(_forward, _backward)
+
+
+# Calls of their own, so that they can state their FLOPs: the data decide, and these are of full windows.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _product(choice, flow: Dataflow, identity, x, w, table, preparation):
+    module, options = _implementation(choice)
+    y = module.product(x, w, table, preparation, flow, identity=identity, **options)
+    return state_flops(y.astype(x.dtype), 2 * table.size * w.shape[1] * w.shape[2], exact=False)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _weight_gradient(choice, flow: Dataflow, identity, x, dy, table, preparation):
+    module, options = _implementation(choice)
+    dw = module.weight_gradient(x, dy, table, preparation, flow, identity=identity, **options)
+    return state_flops(dw, 2 * table.size * x.shape[1] * dy.shape[1], exact=False)
+
+
+def _implementation(choice):
+    if choice == "xla":
+        return reference, {}
+    return mosaic_gpu, {"interpret": plgpu.InterpretGPUParams(detect_races=True) if choice == "interpret" else False}

@@ -10,11 +10,13 @@ Their maps are those of a random surface, see `surface`, with a scan's density a
 voxels are ours. CenterPoint's last layer, which only lowers the grid, is left out.
 
 One row of JSON per shape of layer, with how many `times` the model has it. The programs of a row are timed in turn,
-over and over; times are medians in microseconds, and do not count what layers of one map share. With --backward a
-program computes the result and both gradients. us: the kernels with the fastest of their `DATAFLOWS`; us_xla: plain
-JAX with the fastest of its own. `flops` are those of the pairs that the map has, `bytes` the map, the rows and the
-weight, each once; gigabytes and teraflops a second are both divided by us. `floor_us` is the larger of what bytes and
-flops take, `of_floor` the share of it that was reached; both are absent where the chip is not in the table.
+over and over; times are medians in microseconds. They do not count `prepare`, but they do the kernels' own lists, which
+a program makes once for all layers of a map. With --backward a program computes the result and both gradients.
+
+us: the kernels with the fastest of their `DATAFLOWS`; us_xla: plain JAX with the fastest of its own. `flops` are those
+of the pairs that the map has, `bytes` the map, the rows and the weight, each once; gb_per_s and tflops are these,
+divided by us. `floor_us` is the larger of what bytes and flops take, `of_floor` the share of it that was reached; both
+are absent where the chip is not in the table.
 """
 
 import argparse
@@ -230,9 +232,10 @@ def candidates(chosen) -> list:
         parts = {max(1, chosen.parts // 2), chosen.parts, 2 * chosen.parts}
         grid = itertools.product(inputs, {chosen.outputs, max(32, chosen.outputs // 64 * 32)}, parts)
         return [mosaic_gpu.GradientConfig(*one) for one in grid]
-    outputs = {chosen.outputs, mosaic_gpu.round_up(chosen.outputs // 2, 8), 2 * chosen.outputs}
-    grid = itertools.product([1, 2, 4], {chosen.inputs, 32, 64, 96, 128}, (o for o in outputs if o <= 256), [3, 4, 6])
-    return [mosaic_gpu.Config(*one) for one in grid]
+    outputs = {chosen.outputs, mosaic_gpu.round_up(chosen.outputs // 2, 8), min(256, 2 * chosen.outputs)}
+    grid = itertools.product([1, 2, 4], {chosen.inputs, 32, 64}, outputs)
+    more = [dataclasses.replace(chosen, stages=stages) for stages in (3, 6)]
+    return [*(mosaic_gpu.Config(*one) for one in grid), *more]
 
 
 def tune(kind: Kind, table, rows: int, inputs: int, outputs: int, dtype, repeats: int) -> dict:

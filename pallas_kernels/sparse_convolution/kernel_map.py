@@ -66,9 +66,11 @@ class Dataflows:
 
 
 def default_dataflows() -> Dataflows:
-    """What does well on the chip that a program is for, untuned: by pairs on a CPU, else sorted by masks."""
-    flow = Dataflow("fetch_on_demand", tile=512) if dispatch.device_kind() == "cpu" else Dataflow("sorted")
-    return Dataflows(flow, flow, flow)
+    """What does well on the chip that a program is for, untuned: pairs on a CPU, else sorted masks and pairs."""
+    pairs_of_offsets = Dataflow("fetch_on_demand", tile=512)
+    if dispatch.device_kind() == "cpu":
+        return Dataflows(pairs_of_offsets, pairs_of_offsets, pairs_of_offsets)
+    return Dataflows(Dataflow("sorted"), Dataflow("sorted"), Dataflow("fetch_on_demand"))
 
 
 @functools.partial(

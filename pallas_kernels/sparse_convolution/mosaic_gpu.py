@@ -31,6 +31,7 @@ compiler has proven:
   - `gather` and `fragments` as they are compiled: the interpreter runs `jnp.take` and `fragment_order` in their place.
     The compiler places the rows (its own index arithmetic), and a test holds `fragment_order` against its layouts; the
     predicated load is ours;
+  - that TMA, taking one row of a swizzled tile ("sorted"), undoes the swizzle by the row's address, as it is said to;
   - wgmma itself, and that it reads what it should: the interpreter multiplies plain tiles;
   - `commit_smem` before a wgmma that reads what the kernel stored (rows, in the weight gradient);
   - anything about speed.
@@ -187,12 +188,11 @@ def gather(x_gmem, rows, block, width: int, simulate: bool) -> Any:
             place = arith.muli(arith.extsi(i64, row), mgpu.utils.c(channels, i64))
             place = arith.addi(place, arith.extsi(i64, column))
             words = mgpu.utils.inline_ptx(
-                "{ .reg .pred wanted; .reg .u64 place;\n"
-                "setp.ne.u32 wanted, $5, 0; cvta.to.global.u64 place, $4;\n"
+                "{ .reg .u64 place; cvta.to.global.u64 place, $4;\n"
                 "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;\n"
-                "@wanted ld.global.nc.v4.b32 {$0, $1, $2, $3}, [place]; }",
+                "@$5 ld.global.nc.v4.b32 {$0, $1, $2, $3}, [place]; }",
                 mgpu.utils.getelementptr(start, [place], scalar),
-                arith.extui(i32, wanted),
+                wanted,
                 result_types=(i32,) * 4,
                 has_side_effects=True,  # so that it stays before the multiplication that it overlaps
             )
@@ -342,6 +342,13 @@ def product(
         def _fill():
             pl.loop(0, jnp.minimum(steps, ahead))(fetch)
 
+        if order_gmem is not None:
+            places, arrived = order_smem
+
+            @pl.when(tile < tiles)
+            def _fetch_order():
+                plgpu.copy_gmem_to_smem(order_gmem.at[here], places.at[warpgroup], arrived.at[warpgroup])
+
         def meet(step, carry):
             total, now, numbers = carry
 
@@ -383,7 +390,6 @@ def product(
                 plgpu.copy_smem_to_gmem(mine, y_gmem.at[here, columns])
                 return
             places, arrived = order_smem
-            plgpu.copy_gmem_to_smem(order_gmem.at[here], places.at[warpgroup], arrived.at[warpgroup])
             plgpu.barrier_wait(arrived.at[warpgroup])
 
             @pl.loop(0, ROWS // 4)
