@@ -1,6 +1,7 @@
 r"""The decoder that experiments/longlora/python_sources.py extends: trained on windows of 256 bytes of Python source.
 
-Bytes as tokens, 0.8M parameters. Two CPU cores, shared: 24 minutes. Expected: a loss of 1.05 to 1.15 at the end.
+Bytes as tokens, 0.8M parameters. Two CPU cores, shared: 29 minutes. Expected: a loss of 0.95 to 1.1 at the end, and a
+perplexity of 2.97 in windows of 256 of the test text.
 Run: python train.py --config=experiments/longlora/python_sources_base.py --workdir=runs/longlora/base
 """
 
@@ -12,11 +13,11 @@ def get_config():
     config = ml_collections.ConfigDict()
     config.task = "language"
     config.seed = 0
-    config.total_steps = 1000
-    config.batch_size = 32
+    config.total_steps = 3000
+    config.batch_size = 16
     config.optimizer = dict(
         name="adamw",
-        learning_rate=4e-3,
+        learning_rate=3e-3,
         warmup_steps=50,
         final_learning_rate=2e-5,
         beta2=0.99,

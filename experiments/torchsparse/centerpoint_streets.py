@@ -27,6 +27,7 @@ def get_config():
             backbone=dict(widths=(8, 8, 16, 16), outputs=32),
             bev=dict(layers=(2, 2), widths=(32, 32), upsample_widths=(32, 32)),
             width=32,
+            box_weight=0.25,
             groups=(("car",), ("pole",), ("building",)),
             candidates=64,
             suppression=dict(candidates=64, detections=32),

@@ -82,8 +82,11 @@ def context_curves(
     return {"perplexity": perplexities, "windows": counts, "loss_by_position": by_position}
 
 
-def draw(found: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """A PNG of what `context_curves` found for several models: loss by position, perplexity by context length."""
+def draw(found: Mapping[str, Mapping[str, Any]], *, highest: float | None = None) -> bytes:
+    """A PNG of what `context_curves` found for several models: loss by position, perplexity by context length.
+
+    Curves above the perplexity `highest` leave the picture; None: nothing does.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,6 +99,9 @@ def draw(found: Mapping[str, Mapping[str, Any]]) -> bytes:
         right.plot(lengths, list(curves["perplexity"].values()), marker="o", markersize=3, label=name, linewidth=1.2)
     left.set(xlabel="position", ylabel="loss (nats)")
     right.set(xlabel="context length", ylabel="perplexity", yscale="log")
+    if highest:
+        left.set_ylim(top=math.log(highest))
+        right.set_ylim(top=highest)
     right.yaxis.set_minor_formatter("{x:g}")
     right.yaxis.set_major_formatter("{x:g}")
     for axis in (left, right):

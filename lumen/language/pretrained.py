@@ -31,6 +31,7 @@ from pallas_kernels.w4a16_matmul import pack, unpack
 
 _CONFIG = "config.json"
 _MODELS = ("llama", "qwen2")
+_YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
 # Weights in other formats, and what `write_folder` makes itself.
 _NOT_KEPT = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
 
@@ -317,8 +318,19 @@ def parse_config(values: Mapping[str, Any], file: str | os.PathLike = _CONFIG) -
             raise wrong(f"{key}.low_freq_factor", low, f"less than high_freq_factor, {high}")
         positions = int(rotary_number("original_max_position_embeddings"))
         rope = RopeConfig(theta, "llama3", rotary_number("factor"), low, high, positions)
+    elif scaling == "yarn":
+        for name in ("mscale", "mscale_all_dim"):
+            if rotary.get(name) is not None:
+                raise wrong(f"{key}.{name}", rotary[name], "none, or an attention_factor in its place")
+        if rotary.get("truncate", True) is not True:
+            raise wrong(f"{key}.truncate", rotary["truncate"], "true: the ramp begins and ends at whole pairs")
+        given = {name: rotary_number(name) for name in _YARN if rotary.get(name) is not None}
+        positions = int(given.pop("original_max_position_embeddings", size("max_position_embeddings", 2048)))
+        rope = RopeConfig(theta, "yarn", rotary_number("factor"), original_positions=positions, **given)
+        if rope.beta_slow >= rope.beta_fast:
+            raise wrong(f"{key}.beta_slow", rope.beta_slow, f"less than beta_fast, {rope.beta_fast}")
     else:
-        raise wrong(f"{key}.rope_type", scaling, "'default', 'linear' or 'llama3'")
+        raise wrong(f"{key}.rope_type", scaling, "'default', 'linear', 'llama3' or 'yarn'")
 
     heads, width = size("num_attention_heads"), size("hidden_size")
     if values.get("head_dim") is None and width % heads:
@@ -354,6 +366,14 @@ def config_values(config: DecoderConfig) -> dict[str, Any]:
             "high_freq_factor": rope.high_frequency_factor,
             "original_max_position_embeddings": rope.original_positions,
         }
+    if scaling is not None and rope.scaling == "yarn":
+        scaling |= {
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "original_max_position_embeddings": rope.original_positions,
+        }
+        if rope.attention_factor is not None:
+            scaling["attention_factor"] = rope.attention_factor
     kind = "qwen2" if config.qkv_bias else "llama"
     return {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],

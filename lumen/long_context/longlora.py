@@ -16,7 +16,7 @@ merge_lora_weights_and_save_hf_model.py.
 import dataclasses
 import math
 import os
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,33 +64,39 @@ def group_size(length: int, *, fine_tuning: bool = False) -> int:
     return -(-length // 4)
 
 
-def extended_rope(config: DecoderConfig, length: int, *, parity: bool = False) -> DecoderConfig:
+def extended_rope(
+    config: DecoderConfig, length: int, *, scaling: Literal["linear", "yarn"] = "linear", parity: bool = False
+) -> DecoderConfig:
     """The configuration of a decoder whose positions are interpolated to a longer context.
 
-    factor = existing * ceil(length / (max_positions * existing)): positions are divided by it. max_positions stays the
-    length of pre-training, so that this may be repeated. A context that is long enough already changes nothing.
+    factor = existing * ceil(length / (original * existing)) of the context length of pre-training: positions are
+    divided by it, under "yarn" those of slow pairs alone (see `RopeConfig`). original is max_positions, which stays, so
+    that this may be repeated; a "yarn" config has its own. A context that is long enough already changes nothing.
 
     Args:
-      config: of the decoder; its rotary scaling is "none" or "linear".
+      config: of the decoder; its rotary scaling is "none" or `scaling`.
       length: tokens of the new context.
+      scaling: "linear", LongLoRA's, or "yarn", with its paper's constants unless the config has others.
       parity: the original's rule, whose new factor replaces the existing one and so is too small for a decoder that
         has been extended before.
 
     Raises:
       ValueError: for another scaling.
-    Source: fine-tune.py; position interpolation, arXiv:2306.15595.
+    Source: fine-tune.py; position interpolation, arXiv:2306.15595; YaRN, arXiv:2309.00071.
     """
     rope = config.rope
-    if rope.scaling not in ("none", "linear"):
+    if rope.scaling not in ("none", scaling):
         raise ValueError(
-            f"extended_rope: the rotary scaling is {rope.scaling!r}; wanted 'none' or 'linear', which can be "
-            "interpolated; start from the model before that scaling."
+            f"extended_rope: the rotary scaling is {rope.scaling!r}; wanted 'none' or {scaling!r}, which can be "
+            "extended; start from the model before that scaling."
         )
-    existing = rope.factor if rope.scaling == "linear" else 1.0
-    if length <= config.max_positions * existing:
+    existing = rope.factor if rope.scaling == scaling else 1.0
+    original = rope.original_positions if rope.scaling == "yarn" else config.max_positions
+    if length <= original * existing:
         return config
-    factor = float(math.ceil(length / (config.max_positions * existing))) * (1.0 if parity else existing)
-    return dataclasses.replace(config, rope=dataclasses.replace(rope, scaling="linear", factor=factor))
+    factor = float(math.ceil(length / (original * existing))) * (1.0 if parity else existing)
+    changes = {"original_positions": original} if scaling == "yarn" else {}
+    return dataclasses.replace(config, rope=dataclasses.replace(rope, scaling=scaling, factor=factor, **changes))
 
 
 class Lora(nnx.Module):

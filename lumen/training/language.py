@@ -174,6 +174,7 @@ class LanguageOptions:
       start: weights to continue from: a folder with a config.json, 4-bit ones (then lora.rank is wanted) too; or the
         workdir of a run that is over.
       context: tokens that positions are interpolated to, see `extended_rope`; 0: positions as they are.
+      scaling: how they are interpolated.
       attention: what heads see in training.
       lora: what trains.
       data: the text.
@@ -189,6 +190,7 @@ class LanguageOptions:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     start: str = ""
     context: int = 0
+    scaling: Literal["linear", "yarn"] = "linear"
     attention: AttentionOptions = dataclasses.field(default_factory=AttentionOptions)
     lora: LoraOptions = dataclasses.field(default_factory=LoraOptions)
     data: TextData = dataclasses.field(default_factory=TextData)
@@ -219,7 +221,7 @@ def make_task(options: LanguageOptions, *, batch_size: int, seed: int, total_ste
         own = {"vocabulary": options.data.load_tokenizer().vocabulary} if options.model.get("size") == "debug" else {}
         config = sized(DecoderConfig, own | options.model, SIZES, "language.model")
     if options.context:
-        config = extended_rope(config, options.context)
+        config = extended_rope(config, options.context, scaling=options.scaling)
     if packed and not options.lora.rank:
         raise ConfigError(
             f"language.start={start}: its weights are packed in 4 bits; give lora.rank, as they cannot train."

@@ -88,6 +88,26 @@ class TestConfig:
                 },
                 RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 64),
             ),
+            (  # as Qwen2.5's model card has it
+                {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+                RopeConfig(1e4, "yarn", 4.0, original_positions=32768),
+            ),
+            (
+                {
+                    "max_position_embeddings": 512,
+                    "rope_scaling": {
+                        "rope_type": "yarn",
+                        "factor": 8,
+                        "beta_fast": 16,
+                        "beta_slow": 2,
+                        "attention_factor": 1.5,
+                        "truncate": True,
+                    },
+                },
+                RopeConfig(
+                    1e4, "yarn", 8.0, original_positions=512, beta_fast=16.0, beta_slow=2.0, attention_factor=1.5
+                ),
+            ),
         ],
     )
     def test_rotary_spellings(self, changes, want):
@@ -120,7 +140,14 @@ class TestConfig:
             ({"rms_norm_eps": 0}, "rms_norm_eps is 0; wanted a number above 0"),
             ({"rope_theta": None}, "rope_theta is None"),
             ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; wanted null or an object"),
-            ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.rope_type is 'yarn'; wanted 'default', 'linear' or"),
+            ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.rope_type is 'dynamic'; wanted 'default', 'linear',"),
+            ({"rope_scaling": {"type": "yarn"}}, "rope_scaling has no factor, which 'yarn' needs"),
+            ({"rope_scaling": {"type": "yarn", "factor": 4, "mscale": 1}}, "rope_scaling.mscale is 1; wanted none"),
+            ({"rope_scaling": {"type": "yarn", "factor": 4, "truncate": False}}, "rope_scaling.truncate is False"),
+            (
+                {"rope_scaling": {"type": "yarn", "factor": 4, "beta_slow": 32}},
+                "rope_scaling.beta_slow is 32.0; wanted less than beta_fast, 32.0",
+            ),
             ({"rope_scaling": {"type": "linear"}}, "rope_scaling has no factor, which 'linear' needs"),
             ({"rope_parameters": {"rope_type": "linear", "factor": -1}}, "rope_parameters.factor is -1"),
             ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "use_sliding_window is True"),

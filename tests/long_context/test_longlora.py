@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 
 from lumen.attention import Mask, attend
-from lumen.evaluation.context_length import attention_pairs, context_curves, step_flops, window_losses
+from lumen.evaluation.context_length import attention_pairs, context_curves, draw, step_flops, window_losses
 from lumen.io.checkpoint import Checkpointer, flatten
 from lumen.io.names.decoder import RULES
 from lumen.io.peft import lora_rules
@@ -33,7 +34,7 @@ from lumen.long_context.longlora import (
 )
 from lumen.plan import count_flops
 from lumen.qtensor import QuantizedLinear, quantize_linear
-from lumen.rope import RopeConfig, rotary_tables, rotate
+from lumen.rope import RopeConfig, inverse_frequencies, rotary_tables, rotate
 from lumen.training.language import AttentionOptions, InstructionData, LanguageOptions, LoraOptions, make_task
 from lumen.training.loop import TrainConfig, restore, set_up
 from pallas_kernels.block_sparse_attention import dense_mask
@@ -184,9 +185,58 @@ class TestRope:
         # Powers of two: angles are the same to the last bit.
         np.testing.assert_allclose(longer(tokens, positions=4 * jnp.arange(16))[0], model(tokens)[0], atol=1e-6)
 
-    def test_other_scalings_are_refused(self):
-        with pytest.raises(ValueError, match="rotary scaling is 'llama3'"):
-            extended_rope(DecoderConfig.debug(rope=RopeConfig(scaling="llama3")), 10_000)
+    def test_yarn_of_qwen25(self):
+        """Qwen2.5's published extension, 32768 tokens times 4, calculated by hand."""
+        rope = RopeConfig(1e6, "yarn", 4.0, original_positions=32768)
+        unscaled = 1e6 ** (-np.arange(64) / 64)
+        # Turns in 32768 tokens: 64 ln(32768 / (2 pi turns)) / ln(1e6) is 23.6 for 32 turns and 39.7 for one.
+        divided = np.clip((np.arange(64) - 23) / (40 - 23), 0, 1)
+        want = unscaled * (1 - divided) + unscaled / 4 * divided
+        # Powers and three more operations in float32.
+        np.testing.assert_allclose(inverse_frequencies(rope, 128), want, rtol=16 * 2**-24)
+        cosines, sines = rotary_tables(rope, 128, jnp.array([0, 1000]))
+        np.testing.assert_allclose(cosines[0], 1.138629436, rtol=2**-23)  # 0.1 ln 4 + 1
+        np.testing.assert_allclose(sines[1], 1.138629436 * np.sin(1000 * want), atol=1000 * 16 * 2**-24)
+        tables = rotary_tables(dataclasses.replace(rope, attention_factor=2.0), 128, jnp.arange(3))
+        np.testing.assert_allclose(tables[0] ** 2 + tables[1] ** 2, 4.0, rtol=8 * 2**-24)
+
+    @pytest.mark.parametrize("beta", [(32.0, 1.0), (8.0, 2.0), (1e-3, 1e-4)])
+    @pytest.mark.parametrize("positions", [256, 4096])
+    def test_yarn_pair_by_pair(self, positions, beta):
+        """The rule of transformers, a pair at a time: first and last are whole numbers, within the head's channels."""
+        fast, slow = beta
+        rope = RopeConfig(1e4, "yarn", 8.0, original_positions=positions, beta_fast=fast, beta_slow=slow)
+        turns = [positions * 1e4 ** (-i / 16) / (2 * math.pi) for i in range(100)]  # of pair i of a head of 32 channels
+        first = max((i for i in range(100) if turns[i] >= fast), default=0)
+        last = min(min((i for i in range(100) if turns[i] <= slow), default=99), 31)
+        for i, got in enumerate(inverse_frequencies(rope, 32)):
+            part = min(max((i - first) / (last - first), 0), 1) if last > first else float(i > first)
+            want = 1e4 ** (-i / 16) * (1 - part + part / 8)
+            np.testing.assert_allclose(got, want, rtol=16 * 2**-24)  # as above
+
+    def test_yarn_extends_what_it_has_extended(self):
+        config = DecoderConfig.debug(max_positions=4096)
+        once = extended_rope(config, 8192, scaling="yarn")
+        assert once.rope == RopeConfig(scaling="yarn", factor=2.0, original_positions=4096)
+        # As published, max_position_embeddings may be that of the longer context.
+        published = dataclasses.replace(once, max_positions=8192)
+        assert extended_rope(published, 32768, scaling="yarn").rope.factor == 8.0
+        assert extended_rope(published, 8192, scaling="yarn") is published
+
+    def test_a_run_extends_what_it_starts_from(self):
+        def rope(**options):
+            options = LanguageOptions(start=str(CHECKPOINT), length=16, lora=LoraOptions(rank=4), **options)
+            task = make_task(options, batch_size=2, seed=0, total_steps=2, workdir=pathlib.Path())
+            return nnx.eval_shape(lambda: task.build(nnx.Rngs(0))).config.rope
+
+        assert rope() == RopeConfig()
+        assert rope(context=500) == RopeConfig(scaling="linear", factor=4.0)
+        assert rope(context=500, scaling="yarn") == RopeConfig(scaling="yarn", factor=4.0, original_positions=128)
+
+    @pytest.mark.parametrize(("had", "wanted"), [("llama3", "linear"), ("yarn", "linear"), ("linear", "yarn")])
+    def test_other_scalings_are_refused(self, had, wanted):
+        with pytest.raises(ValueError, match=f"rotary scaling is '{had}'; wanted 'none' or '{wanted}'"):
+            extended_rope(DecoderConfig.debug(rope=RopeConfig(scaling=had)), 10_000, scaling=wanted)
 
 
 TARGETS = ("query", "key", "value", "output")
@@ -447,6 +497,22 @@ class TestContextLength:
         (position, first), (last, rest) = curves["loss_by_position"]
         assert (position, last) == (16, 19)
         np.testing.assert_allclose((16 * first + 3 * rest) / 19, found.mean(), rtol=1e-6)
+
+    def test_a_picture_ends_at_the_highest_perplexity(self):
+        def picture(losses, **options):
+            curves = [("low", (1.0, 1.2)), ("high", losses)]
+            found = {
+                name: {
+                    "perplexity": {16: math.exp(first), 32: math.exp(last)},
+                    "loss_by_position": [[16, first], [32, last]],
+                }
+                for name, (first, last) in curves
+            }
+            return draw(found, **options)
+
+        # What lies above shows only where nothing is cut off.
+        assert picture((3.0, 3.5)) != picture((3.5, 3.0))
+        assert picture((3.0, 3.5), highest=5.0) == picture((3.5, 3.0), highest=5.0)
 
     def test_pairs_are_those_of_the_closed_form(self):
         length = 8192
