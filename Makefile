@@ -50,6 +50,7 @@ gpu: $(VENV)/installed  ## the tests that need a GPU
 parity: .venv-parity/installed  ## the tests against torch libraries, in an environment of their own (gigabytes)
 	.venv-parity/bin/python -m pytest -m parity
 	.venv-parity/bin/python tests/language/bench_transformers.py
+	.venv-parity/bin/python tests/sparse/bench_spconv.py
 
 floor: .venv-floor/installed  ## the kernels' tests with the oldest jax that is supported
 	.venv-floor/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not parity" tests/pallas_kernels

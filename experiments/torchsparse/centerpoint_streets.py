@@ -27,6 +27,8 @@ def get_config():
             backbone=dict(widths=(8, 8, 16, 16), outputs=32),
             bev=dict(layers=(2, 2), widths=(32, 32), upsample_widths=(32, 32)),
             width=32,
+            velocity=False,
+            code_weights=(1.0,) * 8,
             box_weight=0.25,
             groups=(("car",), ("pole",), ("building",)),
             candidates=64,
@@ -34,8 +36,9 @@ def get_config():
             voxels=12_000,
             evaluation_voxels=16_000,
         ),
-        data=dict(name="street_scenes", scans=256, beams=32, azimuths=1024),
+        data=dict(name="street_scenes", scans=1024, beams=32, azimuths=1024),
         scans_per_group=2,
         boxes=64,
+        augment=False,  # every scan is new, and headings keep their range
     )
     return config

@@ -78,7 +78,8 @@ class _StreetScenes:
         points[:, :3], points[:, 3] = directions[met] * measured[:, None], rng.uniform(0, 1, len(measured))
         boxes = np.zeros((len(street.labels), 9), np.float32)
         boxes[:, :2], boxes[:, 2] = street.centres, street.sizes[:, 2] / 2 - SENSOR_HEIGHT
-        boxes[:, 3:6], boxes[:, 6] = street.sizes, street.headings
+        # Nothing tells the ends of a box apart: headings are those within a quarter turn of x.
+        boxes[:, 3:6], boxes[:, 6] = street.sizes, (street.headings + np.pi / 2) % np.pi - np.pi / 2
         grown = boxes + np.array([0, 0, 0, 0.1, 0.1, 0.1, 0, 0, 0], np.float32)  # points lie on the surface
         seen = points_in_boxes(points, grown) >= _LEAST_POINTS
         names = np.array([_STREET_NAMES[label] for label in street.labels.tolist()])
@@ -89,7 +90,7 @@ def street_scenes(split: Split, *, scans: int, beams: int = 64, azimuths: int = 
     """Scans of made-up streets with the boxes of "car", "pole" and "building" that at least 5 points are on.
 
     As `lumen.training.lidar.street_scans`, but intensity says nothing: what is what has to be seen in shapes. Nothing
-    moves.
+    moves, and headings are in [-pi / 2, pi / 2), because both ends of a box look the same.
 
     Args:
       split: another split, other streets.

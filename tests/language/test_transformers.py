@@ -18,12 +18,12 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 
 CONFIGS = {
     "llama": DecoderConfig.debug(width=128, head_dim=32, hidden=256, rope=RopeConfig(500_000.0, "llama3", 8.0)),
-    "qwen2": DecoderConfig.debug(width=128, head_dim=32, hidden=256, qkv_bias=True, tied=True),
-    "yarn": DecoderConfig.debug(
+    "qwen2": DecoderConfig.debug(
         width=128,
         head_dim=32,
         hidden=256,
         qkv_bias=True,
+        tied=True,
         rope=RopeConfig(scaling="yarn", factor=4, original_positions=16),
     ),
 }
