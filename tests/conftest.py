@@ -1,5 +1,6 @@
 """Settings of the test process, made before jax starts."""
 
+import gc
 import json
 import os
 import pathlib
@@ -33,6 +34,14 @@ class Golden:
     def weights(self, prefix: str = "weights/") -> dict[str, np.ndarray]:
         """The tensors below a prefix, under their original names."""
         return {name.removeprefix(prefix): self._arrays[name] for name in self._arrays if name.startswith(prefix)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_end_with_their_module():
+    """Each holds dozens of memory maps, and Linux allows a process 65530: a whole run in two processes needs more."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
