@@ -197,4 +197,6 @@ def evaluate_samples(
 def _mean_distance(features: np.ndarray) -> float:
     """Mean distance of two different rows of [n, D]; 0 for fewer than two."""
     n = len(features)
-    return float(_distances(features, features).sum()) / (n * (n - 1)) if n > 1 else 0.0
+    distances = _distances(features, features)
+    np.fill_diagonal(distances, 0)  # a root of rounding errors of one row against itself is no small number
+    return float(distances.sum()) / (n * (n - 1)) if n > 1 else 0.0

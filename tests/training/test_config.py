@@ -245,11 +245,13 @@ def test_errors_of_the_configuration(program, experiment, flags, lines, tmp_path
     [
         (
             ["--config.task=lpdd"],
-            "config.task: came 'lpdd'; wanted one of 'duo_attention', 'language', 'lpd', 'passkey', 'vq'.",
+            "config.task: came 'lpdd'; wanted one of 'detection', 'duo_attention', 'language', "
+            "'lidar_segmentation', 'lpd', 'passkey', 'vq'.",
         ),
         (
             ["--config.task=[1]"],
-            "config.task: came [1]; wanted one of 'duo_attention', 'language', 'lpd', 'passkey', 'vq'.",
+            "config.task: came [1]; wanted one of 'detection', 'duo_attention', 'language', "
+            "'lidar_segmentation', 'lpd', 'passkey', 'vq'.",
         ),
         (["--config.batch_size=9"], "batch_size=9 does not split into accumulate=1 parts over data x fsdp = 8 devices"),
         (["--config.mesh={'model': 8}"], "mesh: unknown axis ['model']; the axes are data, fsdp,"),
