@@ -90,9 +90,14 @@ def expected_targets():
     return labels, matches
 
 
+@jax.jit
+def find_targets(boxes, classes):
+    return anchor_targets(boxes, classes, CONFIG)
+
+
 @pytest.fixture(scope="module")
 def targets():
-    labels, code = jax.jit(lambda b, c: anchor_targets(b, c, CONFIG))(BOXES, CLASSES)
+    labels, code = find_targets(BOXES, CLASSES)
     return np.asarray(labels), np.asarray(code)
 
 
@@ -122,7 +127,7 @@ def test_targets(targets):
 
 
 def test_no_box_at_all():
-    labels, code = anchor_targets(jnp.asarray(BOXES), jnp.full(5, -1), CONFIG)
+    labels, code = find_targets(BOXES, np.full(5, -1))
     assert set(np.asarray(labels).tolist()) == {-1}
     assert not np.asarray(code).any()
 
