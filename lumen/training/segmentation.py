@@ -95,10 +95,14 @@ class SegmentationOptions:
     evaluation_scans: int = 0
 
 
-def group_tensor(batch, options: ScanOptions) -> SparseTensor:
-    """The sparse tensor of one group of a batch, whose arrays have no group axis any more."""
+def group_tensor(batch, options: ScanOptions, dtype) -> SparseTensor:
+    """The sparse tensor of one group of a batch, whose arrays have no group axis any more.
+
+    `dtype` is that of the model's weights: a sparse convolution computes in its features' type.
+    """
+    features = batch["features"].astype(dtype)
     return SparseTensor.create(
-        batch["features"], batch["coordinates"], batch["count"], options.spatial_shape, options.scans_per_group
+        features, batch["coordinates"], batch["count"], options.spatial_shape, options.scans_per_group
     )
 
 
@@ -126,7 +130,7 @@ def make_task(
 
     @jax.jit
     def predict(model: MinkUNet, group):
-        x = group_tensor(group, options.scans)
+        x = group_tensor(group, options.scans, model.classifier.kernel.dtype)
         maps = unet_maps(x.sites, model.config)
         return model(x, maps).argmax(-1).astype(jnp.int32), maps.levels
 
@@ -173,7 +177,7 @@ def make_task(
         }
 
         def one(model, group):
-            return model(group_tensor(group, options.scans))
+            return model(group_tensor(group, options.scans, model.classifier.kernel.dtype))
 
         def run(model, batch):
             return jax.tree.map(lambda *rows: jnp.stack(rows), *[one(model, group) for group in _groups(batch)])
@@ -203,7 +207,7 @@ def group_loss(model: MinkUNet, group, *, options: ScanOptions):
 
     "missing_rows" says by how many rows: raise `level_fractions`.
     """
-    x = group_tensor(group, options)
+    x = group_tensor(group, options, model.classifier.kernel.dtype)
     maps = unet_maps(x.sites, model.config)
     missing = functools.reduce(
         jnp.maximum, [sites.count - sites.capacity for sites in maps.levels.values()], jnp.int32(0)

@@ -42,7 +42,7 @@ class Tiny(nnx.Module):
 
 
 def tiny_loss(model, group):
-    x = group_tensor(group, SCANS)
+    x = group_tensor(group, SCANS, model.conv.kernel.dtype)
     logits = model(x).features
     return segmentation_loss(logits, group["labels"]), {"rows": x.sites.count.astype(jnp.float32)}
 
@@ -82,6 +82,28 @@ def test_groups_on_two_devices_are_the_mean_of_two_runs(batch):
     for got, *parts in zip(jax.tree.leaves(together), *map(jax.tree.leaves, alone), strict=True):
         # The same float32 arithmetic per group; only the mean over groups is new.
         np.testing.assert_allclose(got, np.mean(parts, axis=0), rtol=1e-5, atol=1e-6)
+
+
+def products(jaxpr):
+    """The operand types of every matrix product in a program, inner programs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield tuple(operand.aval.dtype for operand in equation.invars)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+def test_the_model_computes_in_the_type_of_its_weights(batch):
+    model = MinkUNet(MinkUNetConfig.debug(classes=4), rngs=nnx.Rngs(0))
+    graphdef, params, others = nnx.split(model, nnx.Param, ...)
+    group = {name: rows[0] for name, rows in batch.items()}
+
+    def loss(params):
+        cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+        return group_loss(nnx.merge(graphdef, cast, others, copy=True), group, options=SCANS)[0]
+
+    assert set(products(jax.make_jaxpr(loss)(params).jaxpr)) == {(jnp.dtype(jnp.bfloat16),) * 2}
 
 
 def test_a_batch_that_does_not_split_is_refused(batch):
