@@ -27,7 +27,7 @@ def product(x, w, table, preparation, dataflow: Dataflow, identity: int | None =
         y = jnp.zeros((table.shape[1], w.shape[2]), jnp.float32)
         if identity is not None:
             y = _own_rows(x, w[identity], y, table[identity])
-        return _scattered(_with_zero_row(x), w, y, preparation, dataflow)
+        return _scattered(x, w, y, preparation, dataflow)
     x = _with_zero_row(x)
     if preparation is None:
         return _unsorted(x, w, table)
@@ -131,20 +131,22 @@ def _tiled(x, w, part: Tiles, outputs: int):
 def _scattered(x, w, y, pairs: Pairs, dataflow: Dataflow):
     """y plus, group by group, chunks of the pairs of every offset in it: gather, one batched product, scatter-add.
 
-    Pairs beyond an offset's count read the row of zeros and write nowhere.
+    Pairs beyond an offset's count read some row and write nowhere.
     """
     tile, outputs = dataflow.tile, y.shape[0]
     pad = ((0, 0), (0, -pairs.inputs.shape[1] % tile))
-    inputs = jnp.pad(pairs.inputs, pad, constant_values=-1)
+    inputs = jnp.pad(jnp.maximum(pairs.inputs, 0), pad)
     targets = jnp.pad(jnp.where(pairs.outputs < 0, outputs, pairs.outputs), pad, constant_values=outputs)
 
-    def visit(y, per_offset):  # arrays with a leading axis of the offsets in the group
-        inputs, targets, weight, counts = per_offset
+    def visit(y, group):  # the group's offsets
+        weight, counts = w[group], pairs.counts[group]
 
         def add(i, y):
-            rows = jax.lax.dynamic_slice_in_dim(inputs, i * tile, tile, 1)
-            places = jax.lax.dynamic_slice_in_dim(targets, i * tile, tile, 1)
-            parts = _multiply(x[rows], weight)  # [g, tile, D]
+            rows, places = (
+                jnp.stack([jax.lax.dynamic_slice(a, (offset, i * tile), (1, tile))[0] for offset in group])
+                for a in (inputs, targets)
+            )
+            parts = _multiply(x.at[rows].get(mode="promise_in_bounds"), weight)  # [g, tile, D]
             for place, part in zip(places, parts, strict=True):  # within an offset no row comes twice
                 y = y.at[place].add(part, mode="drop", unique_indices=True)
             return y
@@ -152,11 +154,10 @@ def _scattered(x, w, y, pairs: Pairs, dataflow: Dataflow):
         return jax.lax.fori_loop(0, -(-counts.max() // tile), add, y)
 
     if not dataflow.groups:
-        each = jax.tree.map(lambda a: a[:, None], (inputs, targets, w, pairs.counts))
+        each = jnp.arange(w.shape[0])[:, None]
         return jax.lax.scan(lambda y, one: (visit(y, one), None), y, each)[0]
     for group in dataflow.groups:
-        members = jnp.asarray(group)
-        y = visit(y, jax.tree.map(lambda a, m=members: a[m], (inputs, targets, w, pairs.counts)))
+        y = visit(y, jnp.asarray(group))
     return y
 
 
