@@ -21,7 +21,9 @@ from typing import Any
 import jax
 
 from lumen import plan
+from lumen.io import DataError
 from lumen.io.checkpoint import CheckpointError
+from lumen.sparse.tensor import SparseError
 from lumen.training import detection, duo_attention, language, lpd, passkey, segmentation, vq
 from lumen.training.config import ConfigError, build_all, load_config
 from lumen.training.loop import NonFiniteError, Run, TrainConfig, WorkdirError, prepare_workdir, set_up, train
@@ -39,7 +41,16 @@ TASKS = {
 }
 
 # What went wrong outside the code: said in one line, without a traceback.
-EXPECTED_ERRORS = (ConfigError, WorkdirError, CheckpointError, MetricsError, NonFiniteError, OSError)
+EXPECTED_ERRORS = (
+    ConfigError,
+    WorkdirError,
+    CheckpointError,
+    MetricsError,
+    NonFiniteError,
+    DataError,
+    SparseError,
+    OSError,
+)
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

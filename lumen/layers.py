@@ -57,6 +57,57 @@ class Statistic(nnx.Variable):
     """A running statistic, kept in float32: a layer in training sets it, and a training step keeps what was set."""
 
 
+class BatchNorm(nnx.Module):
+    """y = (x - mean) / sqrt(var + eps) * scale + bias, with statistics over all axes but the last.
+
+    In training they are the batch's (the biased variance), and the running ones move by `momentum` to them (to
+    the unbiased variance), as in torch. They change in place: a training step merges a model, runs it, and keeps its
+    `Statistic` variables. Statistics are float32 whatever x is. Where x is sharded by XLA they are global.
+
+    Attributes:
+      scale, bias: [C].
+      mean, var: [C], running.
+    """
+
+    def __init__(self, features: int, *, epsilon: float = 1e-5, momentum: float = 0.1):
+        self.epsilon, self.momentum = epsilon, momentum
+        self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
+        self.mean, self.var = Statistic(jnp.zeros(features)), Statistic(jnp.ones(features))
+
+    def __call__(self, x, *, train: bool):
+        """[..., C] -> [..., C] in x's dtype.
+
+        Raises:
+          ValueError: for another number of channels.
+        """
+        return self.normalise(x, None, train=train)
+
+    def normalise(self, x, used, *, train: bool):
+        """`__call__` for x of which only the places `used`, bool [...], count; the others may hold anything, and are
+        zero in the result. None: all count.
+        """
+        channels = self.scale.shape[0]
+        if x.shape[-1] != channels:
+            raise ValueError(
+                f"BatchNorm: x is {list(x.shape)}; wanted {channels} channels on the last axis. Make the norm for "
+                f"{x.shape[-1]} channels, or hand it the output of the layer before it."
+            )
+        keep = (lambda x: x) if used is None else (lambda x: jnp.where(used[..., None], x, 0))
+        wide = keep(x).astype(jnp.float32)
+        mean, var = self.mean[...], self.var[...]
+        if train:
+            axes = tuple(range(x.ndim - 1))
+            count = jnp.float32(x[..., 0].size) if used is None else used.sum().astype(jnp.float32)
+            mean = wide.sum(axes) / jnp.maximum(count, 1)
+            var = keep(jnp.square(wide - mean)).sum(axes) / jnp.maximum(count, 1)
+            unbiased = var * (count / jnp.maximum(count - 1, 1))
+            self.mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
+            self.var[...] += self.momentum * (jax.lax.stop_gradient(unbiased) - self.var[...])
+        factor = jax.lax.rsqrt(var + self.epsilon) * self.scale[...]
+        shift = self.bias[...] - mean * factor
+        return keep((wide * factor + shift).astype(x.dtype))
+
+
 def freeze[Module: nnx.Module](module: Module) -> Module:
     """A copy of a module in which every parameter is `Frozen`."""
     module = nnx.clone(module)

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 # Metres within which a detection counts as right; average precision is the mean over them.
 DISTANCES = (0.5, 1.0, 2.0, 4.0)
 # Precision below, and the part of the curve with less recall than this, are noise and do not count.
-_LEAST = 0.1
+LEAST = 0.1
 _TRUE, _FOUND, _POINTS = (60, 180, 75), (230, 60, 60), (150, 150, 150)
 
 
@@ -35,40 +35,81 @@ class Scan(NamedTuple):
     true_classes: np.ndarray
 
 
-def average_precision(scans: Sequence[Scan], class_id: int, distance: float) -> float:
-    """Of one class, counting a detection as right if a true box's centre is nearer than `distance`, seen from above.
+def inside_box(points, box) -> np.ndarray:
+    """Which points are in a box or on its surface, bool [n], of float [n, 3 or more] and [7 or more]."""
+    away = points[:, :3] - box[:3]
+    cos, sin = np.cos(box[6]), np.sin(box[6])
+    along, across = away[:, 0] * cos + away[:, 1] * sin, away[:, 1] * cos - away[:, 0] * sin
+    return (np.abs(np.stack([along, across, away[:, 2]], 1)) <= box[3:6] / 2).all(1)
 
-    From the highest score of all scans to the lowest, a detection takes the nearest true box of its scan that is not
-    taken, if it is near enough. Precision as a function of recall, interpolated at 0.00, 0.01, ... 1.00, counts from
-    recall 0.11 on, less 0.1 and not below 0, divided by 0.9.
+
+class Matches(NamedTuple):
+    """What became of the detections of one class in all scans, from the highest score to the lowest.
+
+    Attributes:
+      scores: float [k].
+      scans: integers [k], the scan of each detection.
+      found: integers [k], its place in the scan.
+      true: integers [k], the place in the scan of the true box it takes; -1 where it is wrong.
+      count: how many true boxes there are.
+    """
+
+    scores: np.ndarray
+    scans: np.ndarray
+    found: np.ndarray
+    true: np.ndarray
+    count: int
+
+
+def match(scans: Sequence[Scan], class_id: int, distance: float) -> Matches:
+    """Gives true boxes of one class to its detections.
+
+    From the highest score of all scans to the lowest, of equal ones the last first, a detection takes the nearest true
+    box of its scan that is not taken, if its centre is nearer than `distance`, seen from above.
+
+    Source: nuScenes devkit, python-sdk/nuscenes/eval/detection/algo.py, accumulate.
+    """
+    parts, count = [(np.zeros(0), *(np.zeros(0, int) for _ in range(3)))], 0
+    for number, scan in enumerate(scans):
+        own, places = np.flatnonzero(scan.classes == class_id), np.flatnonzero(scan.true_classes == class_id)
+        count += len(places)
+        # Scans do not compete for boxes: the order of all detections is the order in each scan.
+        own = own[np.argsort(scan.scores[own], kind="stable")[::-1]]
+        apart = np.linalg.norm(scan.boxes[own, None, :2] - scan.true_boxes[None, places, :2], axis=-1)
+        taken = np.full(len(own), -1)
+        for row in range(len(own) if len(places) else 0):
+            nearest = apart[row].argmin()
+            if apart[row, nearest] < distance:
+                taken[row] = places[nearest]
+                apart[:, nearest] = np.inf
+        parts.append((scan.scores[own], np.full(len(own), number), own, taken))
+    scores, numbers, found, true = (np.concatenate(each) for each in zip(*parts, strict=True))
+    order = np.lexsort((found, numbers, scores))[::-1]
+    return Matches(scores[order], numbers[order], found[order], true[order], count)
+
+
+def precision_curve(matches: Matches) -> np.ndarray:
+    """Precision at recalls of 0.00, 0.01, ... 1.00, interpolated, 0 beyond the highest one reached: float [101]."""
+    hits = np.cumsum(matches.true >= 0)
+    if not hits.any():
+        return np.zeros(101)
+    return np.interp(np.linspace(0, 1, 101), hits / matches.count, hits / np.arange(1, len(hits) + 1), right=0)
+
+
+def average_precision(scans: Sequence[Scan], class_id: int, distance: float) -> float:
+    """Of one class, counting detections as right as `match` does.
+
+    `precision_curve` counts from recall 0.11 on, less 0.1 and not below 0, divided by 0.9.
 
     Returns:
       In [0, 1]; NaN if there is no true box of the class.
     Source: nuScenes devkit, python-sdk/nuscenes/eval/detection/algo.py, accumulate and calc_ap.
     """
-    centres = [scan.true_boxes[scan.true_classes == class_id, :2] for scan in scans]
-    count = sum(map(len, centres))
-    if not count:
+    matches = match(scans, class_id, distance)
+    if not matches.count:
         return float("nan")
-    found = [
-        (score, number, box[:2])
-        for number, scan in enumerate(scans)
-        for score, box, own in zip(scan.scores, scan.boxes, scan.classes == class_id, strict=True)
-        if own
-    ]
-    free = [np.ones(len(one), bool) for one in centres]
-    right = []
-    for _, number, centre in sorted(found, key=lambda one: -one[0]):
-        apart = np.where(free[number], np.hypot(*(centres[number] - centre).T), np.inf)
-        nearest = int(apart.argmin()) if len(apart) else -1
-        right.append(nearest >= 0 and apart[nearest] < distance)
-        if right[-1]:
-            free[number][nearest] = False
-    if not any(right):
-        return 0.0
-    hits = np.cumsum(right)
-    curve = np.interp(np.linspace(0, 1, 101), hits / count, hits / np.arange(1, len(hits) + 1), right=0)
-    return float(np.maximum(curve[round(100 * _LEAST) + 1 :] - _LEAST, 0).mean() / (1 - _LEAST))
+    curve = precision_curve(matches)[round(100 * LEAST) + 1 :]
+    return float(np.maximum(curve - LEAST, 0).mean() / (1 - LEAST))
 
 
 def detection_metrics(scans: Sequence[Scan], classes: Sequence[str]) -> dict[str, Any]:

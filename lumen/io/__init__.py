@@ -1,1 +1,5 @@
-"""Checkpoints and published weights, in and out."""
+"""Checkpoints, published weights and data, in and out."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used: damaged, or in another format. The message names the file."""

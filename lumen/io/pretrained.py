@@ -52,6 +52,12 @@ class Rule:
     axes: str = "same"
 
 
+def norm_rules(original: str, ours: str) -> list[Rule]:
+    """The rules of a torch BatchNorm, whose arrays are called scale, bias, mean and var here."""
+    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    return [Rule(f"{original}.{theirs}", f"{ours}.{name}") for theirs, name in names.items()]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Slot:
     """One published tensor and its place: `ours[index]`, of the given shape without the stacked axes."""

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
+from lumen.io import DataError
+
 Split = Literal["train", "validation", "test"]
 
 # Tests of the library repeat each other and are long; third-party packages differ from machine to machine.
@@ -41,7 +43,7 @@ def documents(source: str | os.PathLike) -> Iterator[str]:
 
     Raises:
       FileNotFoundError: if the file is not there.
-      ValueError: naming the line that is not a JSON object with a "text".
+      DataError: naming the line that is not a JSON object with a "text".
     """
     path = Path(source)
     if not path.is_file():
@@ -61,7 +63,7 @@ def documents(source: str | os.PathLike) -> Iterator[str]:
             try:
                 text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: wanted a JSON object with a "text": {error!r}.') from error
+                raise DataError(f'{path}, line {number}: wanted a JSON object with a "text": {error!r}.') from error
             yield text
 
 
@@ -103,7 +105,7 @@ def instructions(path: str | os.PathLike, *, system: str = SYSTEM) -> Iterator[I
 
     Raises:
       FileNotFoundError: if the file is not there.
-      ValueError: if it is no JSON list, or naming the record without an instruction and an output.
+      DataError: if it is no JSON list, or naming the record without an instruction and an output.
     Source: dvlab-research/LongLoRA supervised-fine-tune.py.
     """
     path = Path(path)
@@ -114,14 +116,14 @@ def instructions(path: str | os.PathLike, *, system: str = SYSTEM) -> Iterator[I
     try:
         records = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; wanted a list of objects.") from error
+        raise DataError(f"{path} is not JSON: {error}; wanted a list of objects.") from error
     if not isinstance(records, list):
-        raise ValueError(f"{path} holds a {type(records).__name__}; wanted a JSON list of objects.")
+        raise DataError(f"{path} holds a {type(records).__name__}; wanted a JSON list of objects.")
     for number, record in enumerate(records):
         held = record if isinstance(record, dict) else {}
         instruction, answer, given = (held.get(key) for key in ("instruction", "output", "input"))
         if not isinstance(instruction, str) or not isinstance(answer, str) or not isinstance(given, str | None):
-            raise ValueError(f'{path}, record {number}: wanted texts "instruction" and "output", perhaps "input".')
+            raise DataError(f'{path}, record {number}: wanted texts "instruction" and "output", perhaps "input".')
         if given:
             prompt = f"[INST] <<SYS>>\n{system}\n<</SYS>> \n\n {instruction} \n{given} [/INST]"
         else:

@@ -16,19 +16,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lumen.layers import BatchNorm
 from lumen.sparse.boxes import Detections, Suppression, suppress
 from lumen.sparse.detection import (
     BackboneConfig,
     BEVConfig,
-    DenseBatchNorm,
     Detector,
     PictureBlock,
     PictureGrid,
     VoxelGrid,
-    fail_on_missing_rows,
     picture_conv,
 )
-from lumen.sparse.tensor import SparseTensor
+from lumen.sparse.tensor import SparseTensor, fail_on_missing_rows
 
 # What a head predicts for a box, in the order of its code, and how many numbers each is.
 CODE = {"offset": 2, "z": 1, "size": 3, "heading": 2, "velocity": 2}
@@ -175,10 +174,10 @@ class Branch(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, heatmap: bool, rngs: nnx.Rngs):
         initial = None if heatmap else nnx.initializers.he_normal()
         conv = picture_conv(inputs, inputs, bias=True, initial=initial, rngs=rngs)
-        self.block = PictureBlock(conv, DenseBatchNorm(inputs))
+        self.block = PictureBlock(conv, BatchNorm(inputs))
         self.out = picture_conv(inputs, outputs, bias=True, initial=initial, rngs=rngs)
         if heatmap and self.out.bias is not None:
-            self.out.bias[...] = jnp.full(outputs, _INITIAL_LOGIT)
+            self.out.bias[...] = jnp.full(outputs, _INITIAL_LOGIT, jnp.float32)
 
     def __call__(self, x, *, train: bool):
         return self.out(self.block(x, train=train)).astype(jnp.float32)
@@ -192,7 +191,7 @@ class CenterHead(nnx.Module):
 
     def __init__(self, config: CenterPointConfig, inputs: int, *, rngs: nnx.Rngs):
         width = config.width
-        self.shared = PictureBlock(picture_conv(inputs, width, bias=True, rngs=rngs), DenseBatchNorm(width))
+        self.shared = PictureBlock(picture_conv(inputs, width, bias=True, rngs=rngs), BatchNorm(width))
         self.groups = nnx.List()
         for names in config.groups:
             branches = {name: Branch(width, CODE[name], heatmap=False, rngs=rngs) for name in config.code}
@@ -339,13 +338,13 @@ def centerpoint_loss(model: CenterPoint, batch):
       model: runs in training: its running statistics change in place.
       batch: see `lumen.sparse.detection.batch_spec`.
     Returns:
-      The loss, and {"centre_loss", "box_loss", "missing_rows"}, see `lumen.sparse.detection.fail_on_missing_rows`.
+      The loss, and {"centre_loss", "box_loss", "missing_rows"}, see `lumen.sparse.tensor.fail_on_missing_rows`.
     """
     predictions, levels = model(model.voxels(batch), train=True)
     config = model.config
     loss, parts = head_loss(predictions, batch["boxes"], batch["classes"], config.grid.picture, config)
     loss, missing = fail_on_missing_rows(loss, levels)
-    return loss, parts | {"missing_rows": missing}
+    return loss, parts | missing
 
 
 def candidates(predicted, first: int, grid: PictureGrid, config: CenterPointConfig) -> Detections:

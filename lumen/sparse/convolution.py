@@ -7,6 +7,7 @@ A convolution is one layer whatever its kind; the map it is handed decides (lume
     z = another(y, down.inverse())              # fine again, on the sites of x
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lumen.layers import Statistic
+from lumen import layers
 from lumen.sparse.kernel_maps import SiteMap
 from lumen.sparse.tensor import Sites, SparseError, SparseTensor
 from pallas_kernels.sparse_convolution import sparse_convolution
@@ -62,6 +63,13 @@ class SparseConv(nnx.Module):
     def __call__(self, x: SparseTensor, site_map: SiteMap) -> SparseTensor:
         _check_map("SparseConv", x, site_map)
         kernel = self.kernel[...].reshape(-1, *self.kernel.shape[-2:])  # [K, Cin, Cout]
+        _check_features("SparseConv", x, kernel.shape[1])
+        offsets = site_map.kernel_map.table.shape[0]
+        if offsets != kernel.shape[0]:
+            raise SparseError(
+                f"SparseConv: the map has {offsets} offsets and the kernel {kernel.shape[0]}, {self.kernel_size}; "
+                "wanted a map of the kernel's size. Make both with the same kernel_size."
+            )
         y = sparse_convolution(x.features, kernel, site_map.kernel_map)
         if self.bias is None:
             return SparseTensor(y, site_map.outputs)
@@ -84,6 +92,8 @@ class SparseLinear(nnx.Module):
         self.bias = None if uniform is None else nnx.Param(uniform)
 
     def __call__(self, x: SparseTensor) -> SparseTensor:
+        _check_features("SparseLinear", x, self.kernel.shape[0])
+
         def apply(rows):
             y = jnp.matmul(rows, self.kernel[...].astype(rows.dtype), preferred_element_type=jnp.float32)
             y = y if self.bias is None else y + self.bias[...]
@@ -92,37 +102,12 @@ class SparseLinear(nnx.Module):
         return x.map(apply)
 
 
-class BatchNorm(nnx.Module):
-    """y = (x - mean) / sqrt(var + eps) * scale + bias, with statistics over the rows in use, never over padding.
-
-    In training they are the batch's (the biased variance), and the running ones move by `momentum` to them (to
-    the unbiased variance), as in torch. They change in place: a training step merges a model, runs it, and keeps its
-    `Statistic` variables. Statistics are float32 whatever x is. Where x is sharded by XLA they are global.
-
-    Attributes:
-      scale, bias: [C].
-      mean, var: [C], running.
-    """
-
-    def __init__(self, features: int, *, epsilon: float = 1e-5, momentum: float = 0.1):
-        self.epsilon, self.momentum = epsilon, momentum
-        self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
-        self.mean, self.var = Statistic(jnp.zeros(features)), Statistic(jnp.ones(features))
+class BatchNorm(layers.BatchNorm):
+    """`lumen.layers.BatchNorm` with statistics over the rows in use, never over padding."""
 
     def __call__(self, x: SparseTensor, *, train: bool) -> SparseTensor:
-        mean, var = self.mean[...], self.var[...]
-        if train:
-            count = jnp.minimum(x.sites.count, x.sites.capacity).astype(jnp.float32)
-            used = x.sites.used[:, None]
-            rows = jnp.where(used, x.features, 0).astype(jnp.float32)
-            mean = rows.sum(0) / jnp.maximum(count, 1)
-            var = jnp.where(used, jnp.square(rows - mean), 0).sum(0) / jnp.maximum(count, 1)
-            unbiased = var * (count / jnp.maximum(count - 1, 1))
-            self.mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
-            self.var[...] += self.momentum * (jax.lax.stop_gradient(unbiased) - self.var[...])
-        factor = jax.lax.rsqrt(var + self.epsilon) * self.scale[...]
-        shift = self.bias[...] - mean * factor
-        return x.map(lambda rows: (rows.astype(jnp.float32) * factor + shift).astype(rows.dtype))
+        _check_features("BatchNorm", x, self.scale.shape[0])
+        return SparseTensor(self.normalise(x.features, x.sites.used, train=train), x.sites)
 
 
 class LayerNorm(nnx.Module):
@@ -133,6 +118,8 @@ class LayerNorm(nnx.Module):
         self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
 
     def __call__(self, x: SparseTensor) -> SparseTensor:
+        _check_features("LayerNorm", x, self.scale.shape[0])
+
         def normalise(rows):
             wide = rows.astype(jnp.float32)
             centred = wide - wide.mean(1, keepdims=True)
@@ -142,6 +129,55 @@ class LayerNorm(nnx.Module):
         return x.map(normalise)
 
 
+class ConvBlock(nnx.Module):
+    """Convolution, BatchNorm, ReLU."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        transposed: bool = False,
+        epsilon: float = 1e-5,
+        momentum: float = 0.1,
+        rngs: nnx.Rngs,
+    ):
+        self.conv = SparseConv(inputs, outputs, kernel_size, transposed=transposed, rngs=rngs)
+        self.norm = BatchNorm(outputs, epsilon=epsilon, momentum=momentum)
+
+    def __call__(self, x: SparseTensor, site_map: SiteMap, *, train: bool) -> SparseTensor:
+        return relu(self.norm(self.conv(x, site_map), train=train))
+
+
+class ResidualBlock(nnx.Module):
+    """relu(norm(conv(relu(norm(conv(x))))) + x), with x through a linear layer and a norm if widths differ."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool = False,
+        epsilon: float = 1e-5,
+        momentum: float = 0.1,
+        rngs: nnx.Rngs,
+    ):
+        """Windows of 3; `bias` is of the convolutions, epsilon and momentum of the norms."""
+        norm = functools.partial(BatchNorm, outputs, epsilon=epsilon, momentum=momentum)
+        self.conv1, self.norm1 = SparseConv(inputs, outputs, 3, bias=bias, rngs=rngs), norm()
+        self.conv2, self.norm2 = SparseConv(outputs, outputs, 3, bias=bias, rngs=rngs), norm()
+        self.shortcut = SparseLinear(inputs, outputs, rngs=rngs) if inputs != outputs else None
+        self.shortcut_norm = norm() if inputs != outputs else None
+
+    def __call__(self, x: SparseTensor, site_map: SiteMap, *, train: bool) -> SparseTensor:
+        y = relu(self.norm1(self.conv1(x, site_map), train=train))
+        y = self.norm2(self.conv2(y, site_map), train=train)
+        if self.shortcut is not None and self.shortcut_norm is not None:
+            x = self.shortcut_norm(self.shortcut(x), train=train)
+        return relu(add(x, y))
+
+
 def relu(x: SparseTensor) -> SparseTensor:
     """max(x, 0)."""
     return x.map(jax.nn.relu)
@@ -149,7 +185,8 @@ def relu(x: SparseTensor) -> SparseTensor:
 
 def add(x: SparseTensor, y: SparseTensor) -> SparseTensor:
     """x + y on the same sites."""
-    return SparseTensor(_same_sites("add", x, y).features + y.features, x.sites)
+    _check_features("add: y", y, _same_sites("add", x, y).features.shape[-1])
+    return SparseTensor(x.features + y.features, x.sites)
 
 
 def concatenate(x: SparseTensor, y: SparseTensor) -> SparseTensor:
@@ -165,6 +202,15 @@ def _same_sites(name: str, x: SparseTensor, y: SparseTensor) -> SparseTensor:
     if _size(x.sites) != _size(y.sites):
         raise SparseError(f"{name}: {_size(x.sites)} and {_size(y.sites)}; wanted two tensors on the same sites.")
     return x
+
+
+def _check_features(name: str, x: SparseTensor, channels: int) -> None:
+    wanted = [x.sites.capacity, channels]
+    if list(x.features.shape) != wanted:
+        raise SparseError(
+            f"{name}: features are {list(x.features.shape)} on {x.sites.capacity} rows of sites; wanted {wanted}. Give "
+            "the layer as many channels as the one before it has outputs, and sites the features made on them."
+        )
 
 
 def _check_map(name: str, x: SparseTensor, site_map: SiteMap) -> None:

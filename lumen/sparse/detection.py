@@ -10,21 +10,22 @@ Sites are (sample, z, y, x), pictures [B, H, W, C] with H along y and W along x.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lumen.layers import Statistic
-from lumen.sparse.convolution import BatchNorm, SparseConv, add, relu, to_dense
+from lumen.layers import BatchNorm
+from lumen.sparse.convolution import ConvBlock, ResidualBlock, to_dense
 from lumen.sparse.kernel_maps import SiteMap, strided_map, submanifold_map
-from lumen.sparse.tensor import ROW_TILE, Sites, SparseTensor
+from lumen.sparse.tensor import Sites, SparseTensor, whole_tiles
 from pallas_kernels.sparse_convolution import Dataflows
 
 LEVELS = 4
 STRIDE = 8
 # Of all norms of both backbones.
-_NORM = {"epsilon": 1e-3, "momentum": 0.01}
+_NORM: dict[str, Any] = {"epsilon": 1e-3, "momentum": 0.01}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +156,7 @@ def backbone_maps(sites: Sites, config: BackboneConfig) -> BackboneMaps:
     and before the output there is no padding along z: 41 layers become 21, 11, 5 and 2.
     """
     flows = dict(config.dataflows)
-    capacities = [math.ceil(one * sites.capacity / ROW_TILE) * ROW_TILE for one in config.level_fractions]
+    capacities = [whole_tiles(fraction * sites.capacity) for fraction in config.level_fractions]
     submanifold, down = [submanifold_map(sites, 3, dataflows=flows.get("submanifold1"))], []
     for level, capacity in zip((2, 3, 4), capacities, strict=False):
         padding = (0, 1, 1) if level == LEVELS else 1
@@ -167,39 +168,16 @@ def backbone_maps(sites: Sites, config: BackboneConfig) -> BackboneMaps:
     return BackboneMaps(tuple(submanifold), tuple(down), out)
 
 
-class ConvBlock(nnx.Module):
-    """Sparse convolution, BatchNorm, ReLU."""
-
-    def __init__(self, inputs: int, outputs: int, kernel_size: int | tuple[int, ...] = 3, *, rngs: nnx.Rngs):
-        self.conv = SparseConv(inputs, outputs, kernel_size, rngs=rngs)
-        self.norm = BatchNorm(outputs, **_NORM)
-
-    def __call__(self, x: SparseTensor, site_map: SiteMap, *, train: bool) -> SparseTensor:
-        return relu(self.norm(self.conv(x, site_map), train=train))
-
-
-class ResidualBlock(nnx.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + x). As published, the convolutions have a bias although norms follow."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.conv1 = SparseConv(width, width, 3, bias=True, rngs=rngs)
-        self.norm1 = BatchNorm(width, **_NORM)
-        self.conv2 = SparseConv(width, width, 3, bias=True, rngs=rngs)
-        self.norm2 = BatchNorm(width, **_NORM)
-
-    def __call__(self, x: SparseTensor, site_map: SiteMap, *, train: bool) -> SparseTensor:
-        y = relu(self.norm1(self.conv1(x, site_map), train=train))
-        return relu(add(self.norm2(self.conv2(y, site_map), train=train), x))
-
-
 class Level(nnx.Module):
-    """A strided block, on all levels but the first, and blocks on the level's sites."""
+    """A strided block, on all levels but the first, and blocks on the level's sites.
+
+    As published, the convolutions of residual blocks have a bias although norms follow.
+    """
 
     def __init__(self, inputs: int, width: int, blocks: int, *, first: bool, residual: bool, rngs: nnx.Rngs):
-        self.down = None if first else ConvBlock(inputs, width, rngs=rngs)
-        self.blocks = nnx.List(
-            [ResidualBlock(width, rngs=rngs) if residual else ConvBlock(width, width, rngs=rngs) for _ in range(blocks)]
-        )
+        self.down = None if first else ConvBlock(inputs, width, **_NORM, rngs=rngs)
+        block = functools.partial(ResidualBlock, bias=True) if residual else ConvBlock
+        self.blocks = nnx.List([block(width, width, **_NORM, rngs=rngs) for _ in range(blocks)])
 
     def __call__(self, x: SparseTensor, down: SiteMap | None, within: SiteMap, *, train: bool) -> SparseTensor:
         if self.down is not None and down is not None:
@@ -218,7 +196,7 @@ class SparseBackbone(nnx.Module):
     def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
         self.config = config
         widths = config.widths
-        self.stem = ConvBlock(config.inputs, widths[0], rngs=rngs)
+        self.stem = ConvBlock(config.inputs, widths[0], **_NORM, rngs=rngs)
         blocks = [2, 2, 2, 2] if config.residual else [1, 2, 2, 2]
         self.levels = nnx.List(
             [
@@ -226,7 +204,7 @@ class SparseBackbone(nnx.Module):
                 for i, (inputs, width, number) in enumerate(zip((widths[0], *widths[:-1]), widths, blocks, strict=True))
             ]
         )
-        self.out = ConvBlock(widths[-1], config.outputs, (3, 1, 1), rngs=rngs)
+        self.out = ConvBlock(widths[-1], config.outputs, (3, 1, 1), **_NORM, rngs=rngs)
 
     def __call__(self, x: SparseTensor, maps: BackboneMaps | None = None, *, train: bool = False) -> list[SparseTensor]:
         """The features of the four levels and of the output.
@@ -249,28 +227,6 @@ def height_compression(x: SparseTensor):
     """[N, C] on sites of D layers -> the picture from above, [B, H, W, C D], channel c D + d."""
     dense = jnp.moveaxis(to_dense(x), 1, -1)  # [B, H, W, C, D]
     return dense.reshape(*dense.shape[:3], -1)
-
-
-class DenseBatchNorm(nnx.Module):
-    """`lumen.sparse.convolution.BatchNorm` for pictures [B, H, W, C]: every pixel counts."""
-
-    def __init__(self, features: int, *, epsilon: float = 1e-5, momentum: float = 0.1):
-        self.epsilon, self.momentum = epsilon, momentum
-        self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
-        self.mean, self.var = Statistic(jnp.zeros(features)), Statistic(jnp.ones(features))
-
-    def __call__(self, x, *, train: bool):
-        mean, var = self.mean[...], self.var[...]
-        if train:
-            wide = x.astype(jnp.float32)
-            mean, count = wide.mean((0, 1, 2)), x[..., 0].size
-            var = jnp.square(wide - mean).mean((0, 1, 2))
-            unbiased = var * (count / max(count - 1, 1))
-            self.mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
-            self.var[...] += self.momentum * (jax.lax.stop_gradient(unbiased) - self.var[...])
-        factor = jax.lax.rsqrt(var + self.epsilon) * self.scale[...]
-        shift = self.bias[...] - mean * factor
-        return (x.astype(jnp.float32) * factor + shift).astype(x.dtype)
 
 
 def picture_conv(
@@ -302,7 +258,7 @@ def picture_conv(
 class PictureBlock(nnx.Module):
     """Convolution of a picture, BatchNorm, ReLU."""
 
-    def __init__(self, conv: nnx.Conv, norm: DenseBatchNorm):
+    def __init__(self, conv: nnx.Conv, norm: BatchNorm):
         self.conv, self.norm = conv, norm
 
     def __call__(self, x, *, train: bool):
@@ -320,7 +276,7 @@ class UpsampleBlock(nnx.Module):
         bound = (outputs * stride**2) ** -0.5
         shape = (stride, stride, inputs, outputs)
         self.kernel = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
-        self.norm = DenseBatchNorm(outputs, **_NORM)
+        self.norm = BatchNorm(outputs, **_NORM)
 
     def __call__(self, x, *, train: bool):
         kernel = self.kernel[...].astype(x.dtype)
@@ -369,7 +325,7 @@ class BEVBackbone(nnx.Module):
 
         def block(inputs, outputs, stride):
             conv = picture_conv(inputs, outputs, stride=stride, rngs=rngs)
-            return PictureBlock(conv, DenseBatchNorm(outputs, **_NORM))
+            return PictureBlock(conv, BatchNorm(outputs, **_NORM))
 
         self.stages, self.upsamples = nnx.List(), nnx.List()
         for layers, stride, width, up_stride, up_width in zip(*dataclasses.astuple(config), strict=True):
@@ -430,12 +386,3 @@ def batch_spec(inputs: int, columns: int, *, scans: int, voxels: int, boxes: int
         "boxes": jax.ShapeDtypeStruct((scans, boxes, columns), jnp.float32),
         "classes": jax.ShapeDtypeStruct((scans, boxes), jnp.int32),
     }
-
-
-def fail_on_missing_rows(loss, levels: dict[str, Sites]):
-    """The loss, NaN if a level has more sites than rows, and by how many at most: float32 scalars.
-
-    A training step cannot raise, but a loss that is not finite stops the run. Raise `level_fractions` then.
-    """
-    missing = functools.reduce(jnp.maximum, [one.count - one.capacity for one in levels.values()], jnp.int32(0))
-    return jnp.where(missing > 0, jnp.nan, loss), missing.astype(jnp.float32)

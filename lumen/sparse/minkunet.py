@@ -7,16 +7,15 @@ logits = model(x, maps)               # [N, classes], a row per voxel
 import dataclasses
 import functools
 import itertools
-import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lumen.sparse.convolution import BatchNorm, SparseConv, SparseLinear, add, concatenate, relu
+from lumen.sparse.convolution import ConvBlock, ResidualBlock, SparseLinear, concatenate
 from lumen.sparse.kernel_maps import SiteMap, strided_map, submanifold_map
-from lumen.sparse.tensor import ROW_TILE, Sites, SparseTensor
+from lumen.sparse.tensor import Sites, SparseTensor, whole_tiles
 from pallas_kernels.sparse_convolution import Dataflows
 
 LEVELS = 4
@@ -98,7 +97,7 @@ class UNetMaps:
 def unet_maps(sites: Sites, config: MinkUNetConfig) -> UNetMaps:
     """The maps of all levels: windows of 3 within a level, of 2 with stride 2 between them."""
     flows = dict(config.dataflows)
-    capacities = [-(-math.ceil(f * sites.capacity) // ROW_TILE) * ROW_TILE for f in config.level_fractions]
+    capacities = [whole_tiles(fraction * sites.capacity) for fraction in config.level_fractions]
     submanifold, down = [], []
     for level in range(LEVELS + 1):
         submanifold.append(submanifold_map(sites, 3, dataflows=flows.get(f"submanifold{level}")))
@@ -108,44 +107,6 @@ def unet_maps(sites: Sites, config: MinkUNetConfig) -> UNetMaps:
             down.append(strided_map(sites, 2, 2, rule=config.sites, capacity=capacity, dataflows=below))
             sites = down[-1].outputs
     return UNetMaps(tuple(submanifold), tuple(down))
-
-
-class ConvBlock(nnx.Module):
-    """Convolution, BatchNorm, ReLU."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel_size: int | tuple[int, ...],
-        *,
-        transposed: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        self.conv = SparseConv(inputs, outputs, kernel_size, transposed=transposed, rngs=rngs)
-        self.norm = BatchNorm(outputs)
-
-    def __call__(self, x: SparseTensor, site_map: SiteMap, *, train: bool) -> SparseTensor:
-        return relu(self.norm(self.conv(x, site_map), train=train))
-
-
-class ResidualBlock(nnx.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + x), with x through a linear layer and a norm if widths differ."""
-
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.conv1 = SparseConv(inputs, outputs, 3, rngs=rngs)
-        self.norm1 = BatchNorm(outputs)
-        self.conv2 = SparseConv(outputs, outputs, 3, rngs=rngs)
-        self.norm2 = BatchNorm(outputs)
-        self.shortcut = SparseLinear(inputs, outputs, rngs=rngs) if inputs != outputs else None
-        self.shortcut_norm = BatchNorm(outputs) if inputs != outputs else None
-
-    def __call__(self, x: SparseTensor, site_map: SiteMap, *, train: bool) -> SparseTensor:
-        y = relu(self.norm1(self.conv1(x, site_map), train=train))
-        y = self.norm2(self.conv2(y, site_map), train=train)
-        if self.shortcut is not None and self.shortcut_norm is not None:
-            x = self.shortcut_norm(self.shortcut(x), train=train)
-        return relu(add(x, y))
 
 
 class Stage(nnx.Module):

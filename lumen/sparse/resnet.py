@@ -6,15 +6,14 @@ levels = model(x, maps)               # five sparse tensors, finest first
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 from flax import nnx
 
+from lumen.sparse.convolution import ConvBlock, ResidualBlock
 from lumen.sparse.kernel_maps import SiteMap, strided_map, submanifold_map
-from lumen.sparse.minkunet import ConvBlock, ResidualBlock
-from lumen.sparse.tensor import ROW_TILE, Sites, SparseTensor
+from lumen.sparse.tensor import Sites, SparseTensor, whole_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ def resnet_maps(sites: Sites, config: SparseResNetConfig) -> ResNetMaps:
         if set(level.stride) == {1}:
             enter.append(submanifold_map(sites, level.kernel_size))
         else:
-            capacity = None if fraction is None else -(-math.ceil(fraction * rows) // ROW_TILE) * ROW_TILE
+            capacity = None if fraction is None else whole_tiles(fraction * rows)
             enter.append(strided_map(sites, level.kernel_size, level.stride, capacity=capacity))
         sites = enter[-1].outputs
         shared = set(level.stride) == {1} and level.kernel_size == (3, 3, 3)

@@ -19,8 +19,8 @@ import numpy as np
 from flax import nnx
 
 from lumen.sparse.boxes import Detections, Suppression, suppress
-from lumen.sparse.detection import BackboneConfig, BEVConfig, Detector, VoxelGrid, fail_on_missing_rows, picture_conv
-from lumen.sparse.tensor import SparseTensor
+from lumen.sparse.detection import BackboneConfig, BEVConfig, Detector, VoxelGrid, picture_conv
+from lumen.sparse.tensor import SparseTensor, fail_on_missing_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,12 +302,12 @@ def second_loss(model: SECOND, batch):
       model: runs in training: its running statistics change in place.
       batch: see `lumen.sparse.detection.batch_spec`.
     Returns:
-      The loss, and its parts and "missing_rows", see `lumen.sparse.detection.fail_on_missing_rows`.
+      The loss, and its parts and "missing_rows", see `lumen.sparse.tensor.fail_on_missing_rows`.
     """
     predicted, levels = model(model.voxels(batch), train=True)
     loss, parts = anchor_loss(predicted, batch["boxes"], batch["classes"], model.config)
     loss, missing = fail_on_missing_rows(loss, levels)
-    return loss, parts | {"missing_rows": missing}
+    return loss, parts | missing
 
 
 def decode_anchors(predicted, config: SECONDConfig) -> Detections:

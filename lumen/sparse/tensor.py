@@ -229,6 +229,11 @@ def bucket(count: int, ratio: float = 1.25) -> int:
     return capacity
 
 
+def whole_tiles(rows: float) -> int:
+    """The first multiple of ROW_TILE from `rows` on."""
+    return math.ceil(rows / ROW_TILE) * ROW_TILE
+
+
 def pad_rows(rows, capacity: int):
     """[n, ...] -> [capacity, ...] with rows of zeros, on the host.
 
@@ -258,6 +263,16 @@ def check_capacity(levels: dict[str, Sites]) -> None:
             "result misses rows: discard it and run again with larger ones.",
             max(needed for needed, _ in small.values()),
         )
+
+
+def fail_on_missing_rows(loss, levels: dict[str, Sites]):
+    """The loss, NaN if a level has more sites than rows, and {"missing_rows": by how many at most}, float32 scalars.
+
+    What `check_capacity` is outside of programs: a training step cannot raise, but a loss that is not finite stops the
+    run. Raise `level_fractions` then.
+    """
+    missing = functools.reduce(jnp.maximum, [one.count - one.capacity for one in levels.values()], jnp.int32(0))
+    return jnp.where(missing > 0, jnp.nan, loss), {"missing_rows": missing.astype(jnp.float32)}
 
 
 def unique_sites(

@@ -38,6 +38,8 @@ import tqdm
 from absl import flags
 from PIL import Image, ImageOps
 
+from lumen.io import DataError
+
 Record = dict[str, Any]
 Transform = Callable[[Record, np.random.Generator], Record]
 
@@ -58,7 +60,7 @@ def _decode_rgb(file, name: str) -> np.ndarray:
                 image = image.convert("RGBA")
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise DataError(
             f"{name} cannot be decoded as an image ({error}); restore the file from its source, or remove it."
         ) from error
 
@@ -270,7 +272,7 @@ def image_folder(root: str | os.PathLike):
       by label.
     Raises:
       FileNotFoundError: if root is absent or holds no class folder, or a class folder holds no image.
-      ValueError: when a record is read whose file cannot be decoded; it names the file.
+      DataError: when a record is read whose file cannot be decoded; it names the file.
     """
     root = Path(root)
     layout = f"images are expected in {root}/<class name>/ and end in {', '.join(IMAGE_SUFFIXES)}"
@@ -329,7 +331,7 @@ class _ImageParquet:
                     self._starts.append(self._length)
                     self._length += rows
         if not self._length:
-            raise ValueError(f"image_parquet: the {len(files)} files hold no rows, from {files[0]} on.")
+            raise DataError(f"image_parquet: the {len(files)} files hold no rows, from {files[0]} on.")
         self._open_cache()
 
     def _checked_metadata(self, file: str):
@@ -339,12 +341,12 @@ class _ImageParquet:
             with pyarrow.parquet.ParquetFile(file) as parquet:
                 schema, metadata = parquet.schema_arrow, parquet.metadata
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(
+            raise DataError(
                 f"image_parquet: {file} is not a readable parquet file ({error}); download it again."
             ) from error
         for argument, column in (("image_column", self._image_column), ("label_column", self._label_column)):
             if column not in schema.names:
-                raise ValueError(
+                raise DataError(
                     f"image_parquet: {file} has no column {column!r}; its columns are {', '.join(schema.names)}. "
                     f"Set {argument}."
                 )
@@ -352,14 +354,12 @@ class _ImageParquet:
         is_struct = pyarrow.types.is_struct(images) and images.get_field_index("bytes") >= 0
         encoded = images.field("bytes").type if is_struct else images
         if not (pyarrow.types.is_binary(encoded) or pyarrow.types.is_large_binary(encoded)):
-            raise ValueError(
+            raise DataError(
                 f"image_parquet: column {self._image_column!r} of {file} is {images}; it must be encoded images, as "
                 "binary or as struct<bytes: binary, path: string>."
             )
         if not pyarrow.types.is_integer(labels):
-            raise ValueError(
-                f"image_parquet: column {self._label_column!r} of {file} is {labels}; it must be integers."
-            )
+            raise DataError(f"image_parquet: column {self._label_column!r} of {file} is {labels}; it must be integers.")
         return metadata
 
     def _open_cache(self):
@@ -387,7 +387,7 @@ class _ImageParquet:
                         columns = [self._image_column, self._label_column]
                         self._cache[position] = parquet.read_row_group(group, columns=columns)
                 except (pyarrow.ArrowInvalid, OSError) as error:
-                    raise ValueError(
+                    raise DataError(
                         f"image_parquet: row group {group} of {self._files[number]} cannot be read ({error}); "
                         "download the file again."
                     ) from error
@@ -407,9 +407,9 @@ class _ImageParquet:
         image, label = (table.column(column)[row].as_py() for column in (self._image_column, self._label_column))
         encoded = image.get("bytes") if isinstance(image, dict) else image
         if encoded is None:
-            raise ValueError(f"{name} holds no image bytes; export the data set with its images embedded.")
+            raise DataError(f"{name} holds no image bytes; export the data set with its images embedded.")
         if label is None:
-            raise ValueError(f"{name} holds no label; drop unlabelled rows when exporting the data set.")
+            raise DataError(f"{name} holds no label; drop unlabelled rows when exporting the data set.")
         return {"image": _decode_rgb(io.BytesIO(encoded), name), "label": np.int32(label)}
 
 
@@ -429,7 +429,7 @@ def image_parquet(path: str | os.PathLike, *, image_column: str = "image", label
     Raises:
       ImportError: without pyarrow.
       FileNotFoundError: if no file matches.
-      ValueError: for an unreadable file, or a column that is absent or of another type; when a record is read, for an
+      DataError: for an unreadable file, or a column that is absent or of another type; when a record is read, for an
         image that is absent or cannot be decoded, naming file and row.
     """
     _pyarrow()
@@ -475,7 +475,7 @@ def _check_meta(meta: Any, where: str) -> tuple[int, int]:
         if not right
     ]
     if wrong:
-        raise ValueError(f"{where}: wrong metadata {', '.join(wrong)}; it must hold {_META_KEYS}.")
+        raise DataError(f"{where}: wrong metadata {', '.join(wrong)}; it must hold {_META_KEYS}.")
     return grid[0] * grid[1], meta["vocabulary"]
 
 
@@ -488,18 +488,18 @@ class _Codes:
         cells, self._vocabulary = _check_meta(self.meta, f"codes: {path}")
         codes, labels = self._codes, self._labels
         if codes.dtype not in (np.uint16, np.uint32) or codes.ndim != 3 or codes.shape[2] != cells or 0 in codes.shape:
-            raise ValueError(
+            raise DataError(
                 f"codes: {path} holds codes {codes.dtype} {list(codes.shape)}; they must be uint16 or uint32 [images, "
                 f"variants, {cells}] for its grid {list(self.meta['grid'])}. Write it again with write_codes."
             )
         if labels.dtype != np.int32 or labels.shape != codes.shape[:1]:
-            raise ValueError(
+            raise DataError(
                 f"codes: {path} holds labels {labels.dtype} {list(labels.shape)}; they must be int32 [{len(codes)}], "
                 "one per image. Write it again with write_codes."
             )
         for key, value in self._expect.items():
             if self.meta.get(key) != value:
-                raise ValueError(
+                raise DataError(
                     f"codes: {path} was written with {key}={self.meta.get(key)!r}, but {value!r} is wanted; tokenise "
                     "the images again, or use the tokenizer these codes came from."
                 )
@@ -513,7 +513,7 @@ class _Codes:
     def __getitem__(self, index: int) -> Record:
         record = np.asarray(self._codes[index])
         if record.max() >= self._vocabulary:
-            raise ValueError(
+            raise DataError(
                 f"codes: record {index} of {self._path} holds code {record.max()}, but its vocabulary is "
                 f"{self._vocabulary}; the file is damaged or its metadata is wrong. Write it again with write_codes."
             )
@@ -537,7 +537,7 @@ def _open_codes(path: Path) -> tuple[np.ndarray, np.ndarray, Any]:
         with open(path, "rb") as file, np.load(file) as archive:  # np.load alone leaves a damaged file open
             return archive["codes"], archive["labels"], json.loads(archive["meta"].item())
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(
+        raise DataError(
             f"codes: {path} cannot be read ({error}); it is damaged, or was not written by write_codes. Write it again."
         ) from error
 
@@ -557,7 +557,7 @@ def codes(path: str | os.PathLike, *, expect: Mapping[str, Any] | None = None):
       `random_variant`, evaluate with `original_variant`.
     Raises:
       FileNotFoundError: if a file is absent.
-      ValueError: for damaged files, shapes, dtypes or metadata that do not agree, or metadata other than expected; when
+      DataError: for damaged files, shapes, dtypes or metadata that do not agree, or metadata other than expected; when
         a record is read, for a code outside the vocabulary.
     Source: the cached `indices` and `indices_flip` of mit-han-lab/lpd. Deviation: one array, not one file per image.
     """

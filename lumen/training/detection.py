@@ -1,7 +1,7 @@
 """Training of CenterPoint and SECOND on LiDAR scans with boxes, and their evaluation.
 
-A source gives record i as {"points": float32 [n, 5], x, y, z in metres, intensity and age in seconds; "boxes": float32
-[m, 9], see `lumen.sparse.boxes`, with velocities; "names": the class of each box}.
+A source gives record i as {"points": float32 [n, C], x, y, z in metres, intensity and, of five, age in seconds;
+"boxes": float32 [m, 9], see `lumen.sparse.boxes`, with velocities; "names": the class of each box}.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from lumen.evaluation.detection import Scan, boxes_from_above, detection_metrics
-from lumen.io import pretrained
+from lumen.evaluation.nuscenes import CLASSES, nuscenes_metrics, nuscenes_table
+from lumen.io import DataError, pretrained
 from lumen.io.names.openpcdet import centerpoint_rules, second_rules
 from lumen.sharding import RULES, batch_sharding, tree_shardings
 from lumen.sparse.centerpoint import CenterPoint, CenterPointConfig, centerpoint_loss, decode
@@ -29,76 +30,17 @@ from lumen.sparse.tuning import Tuning
 from lumen.sparse.voxels import hard_voxelize
 from lumen.training.config import ConfigError
 from lumen.training.data import Batches, Record, make_batches
-from lumen.training.lidar import MAX_RANGE, SENSOR_HEIGHT, capacity_ladder, cast_rays, random_street
+from lumen.training.lidar import capacity_ladder, street_scans
 from lumen.training.loop import Pictures, Task
-from lumen.training.segmentation import over_groups
+from lumen.training.nuscenes import Version, class_balanced, nuscenes_objects, paste, training_objects
+from lumen.training.segmentation import advise_on_missing_rows, groups_of, over_groups
 from lumen.training.vq import sized
 
 Split = Literal["train", "validation", "test"]
 Config = CenterPointConfig | SECONDConfig
 
-# Fewer points than this do not show what a box is.
-_LEAST_POINTS = 5
-_STREET_NAMES = {1: "car", 2: "pole", 3: "building"}
-
 
 # --- Sources ----------------------------------------------------------------------------------------------------------
-
-
-def points_in_boxes(points, boxes) -> np.ndarray:
-    """How many points each box holds, integers [m], of float [n, 3 or more] and [m, 7 or more]."""
-    counts = np.zeros(len(boxes), np.int64)
-    for i, box in enumerate(boxes):
-        away = points[:, :3] - box[:3]
-        cos, sin = math.cos(box[6]), math.sin(box[6])
-        along, across = away[:, 0] * cos + away[:, 1] * sin, away[:, 1] * cos - away[:, 0] * sin
-        local = np.stack([along, across, away[:, 2]], 1)
-        counts[i] = np.count_nonzero((np.abs(local) <= box[3:6] / 2).all(1))
-    return counts
-
-
-class _StreetScenes:
-    """Records of `street_scenes`, cast when read."""
-
-    def __init__(self, scans: int, beams: int, azimuths: int, seeds: tuple[int, int]):
-        self._scans, self._beams, self._azimuths, self._seeds = scans, beams, azimuths, seeds
-
-    def __len__(self) -> int:
-        return self._scans
-
-    def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < self._scans:
-            raise IndexError(f"street_scenes: record {index} of {self._scans}.")
-        rng = np.random.default_rng((*self._seeds, index))
-        street = random_street(rng)
-        directions, distances, _ = cast_rays(street, self._beams, self._azimuths)
-        met = distances <= MAX_RANGE
-        measured = distances[met] + rng.normal(0, 0.01, np.count_nonzero(met))
-        points = np.zeros((len(measured), 5), np.float32)
-        points[:, :3], points[:, 3] = directions[met] * measured[:, None], rng.uniform(0, 1, len(measured))
-        boxes = np.zeros((len(street.labels), 9), np.float32)
-        boxes[:, :2], boxes[:, 2] = street.centres, street.sizes[:, 2] / 2 - SENSOR_HEIGHT
-        # Nothing tells the ends of a box apart: headings are those within a quarter turn of x.
-        boxes[:, 3:6], boxes[:, 6] = street.sizes, (street.headings + np.pi / 2) % np.pi - np.pi / 2
-        grown = boxes + np.array([0, 0, 0, 0.1, 0.1, 0.1, 0, 0, 0], np.float32)  # points lie on the surface
-        seen = points_in_boxes(points, grown) >= _LEAST_POINTS
-        names = np.array([_STREET_NAMES[label] for label in street.labels.tolist()])
-        return {"points": points, "boxes": boxes[seen], "names": names[seen]}
-
-
-def street_scenes(split: Split, *, scans: int, beams: int = 64, azimuths: int = 2048, seed: int = 0):
-    """Scans of made-up streets with the boxes of "car", "pole" and "building" that at least 5 points are on.
-
-    As `lumen.training.lidar.street_scans`, but intensity says nothing: what is what has to be seen in shapes. Nothing
-    moves, and headings are in [-pi / 2, pi / 2), because both ends of a box look the same.
-
-    Args:
-      split: another split, other streets.
-      scans: number of records; record i depends on (seed, split, i) alone.
-      beams, azimuths: rays of the sensor.
-      seed: >= 0.
-    """
-    return _StreetScenes(scans, beams, azimuths, (seed, ("train", "validation", "test").index(split)))
 
 
 class _SceneFiles:
@@ -116,11 +58,11 @@ class _SceneFiles:
             with np.load(file, allow_pickle=False) as arrays:
                 points, boxes, names = (arrays[name] for name in ("points", "boxes", "names"))
         except (OSError, KeyError, ValueError, EOFError) as error:
-            raise ValueError(
+            raise DataError(
                 f"scene_folder: {file} cannot be read ({error}); wanted an .npz file of points, boxes and names."
             ) from error
         if points.ndim != 2 or boxes.ndim != 2 or boxes.shape[1] != 9 or names.shape != boxes.shape[:1]:
-            raise ValueError(
+            raise DataError(
                 f"scene_folder: {file} holds points {list(points.shape)}, boxes {list(boxes.shape)} and names "
                 f"{list(names.shape)}; wanted [n, C], [m, 9] and [m]."
             )
@@ -135,7 +77,7 @@ def scene_folder(root: str | pathlib.Path):
 
     Raises:
       FileNotFoundError: if there are none.
-      ValueError: when a record is read that is not as described.
+      DataError: when a record is read that is not as described.
     """
     files = sorted(pathlib.Path(root).glob("*.npz"))
     if not files:
@@ -148,36 +90,81 @@ class DetectionData:
     """Which scans.
 
     Attributes:
-      name: "street_scenes" are made up as they are read; "scene_folder" is path/train and path/val of .npz files.
+      name: "street_scenes" are `street_scans`, made up as they are read, without their intensities: what is what has to
+        be seen in shapes; "scene_folder" is path/train and path/val of .npz files; "nuscenes" is `nuscenes_objects`.
       path: of the folder.
+      version, sweeps: of nuScenes: which tables, and how many frames' points are joined.
+      balanced: of nuScenes: train on `class_balanced` scans.
+      pasted: of nuScenes: {class: objects that a scan has at least}; missing ones come from other scans, see `paste`.
+      objects: folder of those objects, which is written at the first use; empty for one in the workdir.
       scans: of made-up streets in training; held out are an eighth of it.
       beams, azimuths: of their sensor.
       workers: processes that prepare batches; 0 uses threads.
     """
 
-    name: Literal["street_scenes", "scene_folder"] = "street_scenes"
+    name: Literal["street_scenes", "scene_folder", "nuscenes"] = "street_scenes"
     path: str = ""
+    version: Version = "v1.0-trainval"
+    sweeps: int = 10
+    balanced: bool = False
+    pasted: dict[str, int] = dataclasses.field(default_factory=dict)
+    objects: str = ""
     scans: int = 256
     beams: int = 64
     azimuths: int = 2048
     workers: int = 0
 
+    def __post_init__(self):
+        if (self.balanced or self.pasted) and self.name != "nuscenes":
+            raise ValueError(
+                f"balanced={self.balanced} and pasted={self.pasted} with name={self.name!r}; wanted name='nuscenes', "
+                "or neither."
+            )
+
+    def check(self, classes: Sequence[str]) -> None:
+        """Raises a ConfigError if classes of the model, or those to be pasted, do not go with the data."""
+        if self.name == "nuscenes" and (foreign := sorted(set(classes) - set(CLASSES))):
+            raise ConfigError(
+                f"detection.model has the classes {', '.join(foreign)}, which nuScenes does not; wanted some of "
+                f"{', '.join(CLASSES)}."
+            )
+        if unknown := sorted(set(self.pasted) - set(classes)):
+            raise ConfigError(
+                f"detection.data.pasted names {', '.join(unknown)}; wanted classes of the model: {', '.join(classes)}."
+            )
+
+    def metrics(self, source, found: Sequence[Scan], classes: Sequence[str]) -> dict[str, Any]:
+        """What is measured of the first scans of a source: what the data set's benchmark does, where it has one."""
+        if self.name != "nuscenes":
+            return detection_metrics(found, classes)
+        return nuscenes_metrics([source.sample(index, one, classes) for index, one in enumerate(found)])
+
     def source(self, split: Split, seed: int):
-        """The scans of a split; of a folder, what is called validation is also its test."""
+        """The scans of a split; of what is on disk, validation is also the test."""
+        if self.name == "nuscenes":
+            part = "train" if split == "train" else "validation"
+            return nuscenes_objects(self.path, part, version=self.version, sweeps=self.sweeps)
         if self.name == "scene_folder":
             return scene_folder(pathlib.Path(self.path) / ("train" if split == "train" else "val"))
         scans = self.scans if split == "train" else max(1, self.scans // 8)
-        return street_scenes(split, scans=scans, beams=self.beams, azimuths=self.azimuths, seed=seed)
+        return street_scans(split, scans=scans, beams=self.beams, azimuths=self.azimuths, seed=seed)
 
 
 # --- From records to batches ------------------------------------------------------------------------------------------
+
+
+def without_intensity(record: Record, rng: np.random.Generator) -> Record:
+    """Transform: intensities that say nothing, U(0, 1), and the age 0 of points."""
+    points = record["points"]
+    noise = rng.uniform(0, 1, len(points))
+    return {**record, "points": np.column_stack([points[:, :3], noise, 0 * noise]).astype(np.float32)}
 
 
 def augment(record: Record, rng: np.random.Generator) -> Record:
     """Transform: the whole scene mirrored along x and along y by chance, turned by up to pi / 4, scaled by 0.9 to 1.1
     and moved by 0.5 m (a standard deviation along each axis), with all boxes and velocities.
 
-    Source: OpenPCDet's nuScenes configuration. Not in it here: objects pasted in from other scans.
+    Source: OpenPCDet's nuScenes configuration.
     """
     points, boxes = record["points"].copy(), record["boxes"].copy()
     for axis in (0, 1):
@@ -199,10 +186,11 @@ def augment(record: Record, rng: np.random.Generator) -> Record:
 def to_voxels(record: Record, rng: np.random.Generator, *, config: Config, train: bool) -> Record:
     """Transform: points to voxels in Morton order, and the boxes of the config's classes that are centred in its grid.
 
-    In training the points are shuffled first, as the limits of voxels and of points per voxel keep the first ones.
+    The points are shuffled first, as the limits of voxels and of points per voxel keep the first ones; in evaluation
+    too, or there they would be those of the latest sweeps.
     """
     grid: VoxelGrid = config.grid
-    points = rng.permutation(record["points"]) if train else record["points"]
+    points = rng.permutation(record["points"])
     channels = config.backbone.inputs
     if points.shape[1] < channels:
         raise ValueError(
@@ -321,8 +309,9 @@ def make_task(
     options: DetectionOptions, *, batch_size: int, seed: int, total_steps: int, workdir: pathlib.Path
 ) -> Task:
     """The parts of a run."""
-    del total_steps, workdir
+    del total_steps
     config, scans = options.config(), options.scans_per_group
+    options.data.check(config.classes)
     source = functools.cache(lambda split: options.data.source(split, seed))
     if batch_size % scans:
         raise ConfigError(
@@ -343,6 +332,17 @@ def make_task(
     def batches(split: Split, *, train: bool) -> Batches:
         many = train and jax.process_count() > 1
         voxels = config.voxels if train else config.evaluation_voxels
+        data = options.data
+        records: Any = source(split)
+        transforms: list[Any] = []
+        if train and data.pasted:
+            objects = training_objects(data.objects or workdir / "objects", records, tuple(data.pasted))
+            transforms.append(functools.partial(paste, objects=objects, wanted=data.pasted))
+        if train and data.balanced:
+            records = class_balanced(records, config.classes, seed=seed)
+        transforms += [augment] if train and options.augment else []
+        transforms += [without_intensity] if data.name == "street_scenes" else []
+        transforms.append(functools.partial(to_voxels, config=config, train=train))
         join = functools.partial(
             collate,
             scans_per_group=scans if train else 1,
@@ -351,24 +351,21 @@ def make_task(
         )
         if not train:  # one scan at a time, which keeps its points
             return make_batches(
-                source(split),
+                records,
                 batch_size=1,
                 seed=0,
-                transforms=[functools.partial(to_voxels, config=config, train=False)],
+                transforms=transforms,
                 repeat=False,
                 process_index=0,
                 process_count=1,
                 collate=lambda records: join(records) | {"points": records[0]["points"]},
             )
         return make_batches(
-            source(split),
+            records,
             batch_size=batch_size,
             seed=seed,
-            transforms=[
-                *([augment] if options.augment else []),
-                functools.partial(to_voxels, config=config, train=True),
-            ],
-            workers=options.data.workers,
+            transforms=transforms,
+            workers=data.workers,
             collate=join,
         )
 
@@ -395,12 +392,21 @@ def make_task(
             if number and len(results) >= number:
                 break
         assert picture is not None, "a source has at least one scan"
-        return detection_metrics(results, config.classes) | {"scans": len(results)}, {"boxes": picture}
+        metrics = options.data.metrics(source(split), results, config.classes)
+        return metrics | {"scans": len(results)}, {"boxes": picture}
 
     def monitor(model, key):
         del key
         metrics, pictures = measure(model, "validation", 8)
         return {"mean_ap": metrics["mean_ap"]}, pictures
+
+    def evaluate(model, key, workdir):
+        del key
+        metrics, pictures = measure(model, "test", options.evaluation_scans)
+        if options.data.name == "nuscenes" and jax.process_index() == 0:
+            (workdir / "eval").mkdir(parents=True, exist_ok=True)
+            (workdir / "eval" / "nuscenes.md").write_text(nuscenes_table(metrics), encoding="utf-8")
+        return metrics, pictures
 
     def inference(mesh):
         layout = tree_shardings(abstract := nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))), mesh)
@@ -411,12 +417,15 @@ def make_task(
         }
 
         def local(model, batch):
-            groups = [jax.tree.map(lambda rows, i=i: rows[i], batch) for i in range(batch["count"].shape[0])]
-            return jax.tree.map(lambda *each: jnp.stack(each), *[find(model, group)[0] for group in groups])
+            return jax.tree.map(lambda *each: jnp.stack(each), *[find(model, group)[0] for group in groups_of(batch)])
 
         split = PartitionSpec(RULES["batch"])
         specs = {"in_specs": (PartitionSpec(), split), "out_specs": split}
         return jax.jit(jax.shard_map(local, mesh=mesh, check_vma=False, **specs)), (model, batch)
+
+    def advise(metrics):
+        rows, key = capacity_ladder(scans * config.voxels, 3)[0], "config.detection.model.backbone.level_fractions"
+        return advise_on_missing_rows(metrics, key, config.backbone.level_fractions, rows)
 
     return Task(
         build=lambda rngs: build(config, rngs=rngs),
@@ -424,7 +433,8 @@ def make_task(
         batch_spec=spec(config.voxels),
         batches=lambda: batches("train", train=True),
         monitor=monitor,
-        evaluate=lambda model, key, workdir: measure(model, "test", options.evaluation_scans),
+        evaluate=evaluate,
         inference=inference,
         export=lambda model, workdir: pretrained.save(workdir / "model.safetensors", model, rules),
+        advise=advise,
     )

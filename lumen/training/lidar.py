@@ -1,8 +1,8 @@
 """LiDAR scans for segmentation: street scenes cast on the fly, readers of two benchmarks, voxels, batches.
 
 A source gives record i as {"points": float32 [n, 4], x, y, z in metres with the sensor at 0 and z up, and intensity
-about 0..1; "labels": int32 [n], IGNORE where there is none}. It knows its `classes`, names and colours in the order of
-the labels, and `largest`, at least the points of its largest scan.
+about 0..1; "labels": int32 [n], IGNORE where there is none}; street scenes also have boxes. It knows its `classes`,
+names and colours in the order of the labels, and `largest`, at least the points of its largest scan.
 
     source = semantic_kitti("kitti/dataset", "train")
     with contextlib.closing(training_batches(source, ScanOptions(), batch_size=16, seed=0)) as batches:
@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lumen.evaluation.segmentation import IGNORE, NUSCENES, SEMANTIC_KITTI, STREET, Classes
-from lumen.sparse.tensor import ROW_TILE, CapacityError, SparseError, bucket
+from lumen.io import DataError
+from lumen.sparse.tensor import CapacityError, SparseError, bucket, whole_tiles
 from lumen.sparse.voxels import voxelize
 from lumen.training.data import Batches, Record, make_batches
 
@@ -53,6 +54,8 @@ _GROUND, _CAR, _POLE, _BUILDING = range(4)
 _INTENSITY = np.array([0.25, 0.5, 0.4, 0.35])
 _INTENSITY_NOISE = 0.1
 _RANGE_NOISE = 0.01
+# Fewer points than this do not show what a box is.
+_LEAST_POINTS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,7 @@ def cast_rays(boxes: Boxes, beams: int, azimuths: int) -> tuple[np.ndarray, np.n
       azimuths: rays around, from x towards y.
     Returns:
       Directions [beams, azimuths, 3] of length 1, distances [beams, azimuths] in metres, inf where nothing is met, and
-      labels int32 [beams, azimuths], of the ground where nothing is met.
+      which box is met, int32 [beams, azimuths], -1 for the ground and where nothing is met.
     """
     elevation = np.deg2rad(np.linspace(2.0, -24.8, beams))[:, None]
     azimuth = np.arange(azimuths) * (2 * np.pi / azimuths)
@@ -106,8 +109,8 @@ def cast_rays(boxes: Boxes, beams: int, azimuths: int) -> tuple[np.ndarray, np.n
     directions = np.stack([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), rise], -1)
     distances = np.full(rise.shape, np.inf)
     np.divide(-SENSOR_HEIGHT, rise, out=distances, where=rise < 0)
-    labels = np.full(rise.shape, _GROUND, np.int32)
-    for centre, size, heading, label in zip(boxes.centres, boxes.sizes, boxes.headings, boxes.labels, strict=True):
+    hits = np.full(rise.shape, -1, np.int32)
+    for box, (centre, size, heading) in enumerate(zip(boxes.centres, boxes.sizes, boxes.headings, strict=True)):
         # Only rays within the circle around the box can meet it.
         half = np.arcsin(min(1.0, math.hypot(size[0], size[1]) / 2 / math.hypot(*centre)))
         apart = np.abs((azimuth - math.atan2(centre[1], centre[0]) + np.pi) % (2 * np.pi) - np.pi)
@@ -123,8 +126,8 @@ def cast_rays(boxes: Boxes, beams: int, azimuths: int) -> tuple[np.ndarray, np.n
         enter, leave = np.minimum(low, high).max(-1), np.maximum(low, high).min(-1)
         first = (enter <= leave) & (enter > 0) & (enter < distances[:, near_box])
         distances[:, near_box] = np.where(first, enter, distances[:, near_box])
-        labels[:, near_box] = np.where(first, label, labels[:, near_box])
-    return directions, distances, labels
+        hits[:, near_box] = np.where(first, box, hits[:, near_box])
+    return directions, distances, hits
 
 
 class _StreetScans:
@@ -143,21 +146,32 @@ class _StreetScans:
         if not 0 <= index < self._scans:
             raise IndexError(f"street_scans: record {index} of {self._scans}.")
         rng = np.random.default_rng((*self._seeds, index))
-        directions, distances, labels = cast_rays(random_street(rng), self._beams, self._azimuths)
+        street = random_street(rng)
+        directions, distances, hits = cast_rays(street, self._beams, self._azimuths)
         met = distances <= MAX_RANGE
-        labels = labels[met]
+        hits = hits[met]
+        labels = np.where(hits >= 0, street.labels[hits], _GROUND)
         measured = distances[met] + rng.normal(0, _RANGE_NOISE, len(labels))
         intensity = np.clip(_INTENSITY[labels] + rng.normal(0, _INTENSITY_NOISE, len(labels)), 0, 1)
         points = np.concatenate([directions[met] * measured[:, None], intensity[:, None]], 1)
-        return {"points": points.astype(np.float32), "labels": labels}
+        boxes = np.zeros((len(street.labels), 9), np.float32)
+        boxes[:, :2], boxes[:, 2] = street.centres, street.sizes[:, 2] / 2 - SENSOR_HEIGHT
+        # Nothing tells the ends of a box apart: headings are those within a quarter turn of x.
+        boxes[:, 3:6], boxes[:, 6] = street.sizes, (street.headings + np.pi / 2) % np.pi - np.pi / 2
+        seen = np.bincount(hits[hits >= 0], minlength=len(boxes)) >= _LEAST_POINTS
+        names = np.array(list(STREET))[street.labels]
+        return {"points": points.astype(np.float32), "labels": labels, "boxes": boxes[seen], "names": names[seen]}
 
 
 def street_scans(split: Split, *, scans: int, beams: int = 64, azimuths: int = 2048, seed: int = 0) -> ScanSource:
-    """Scans of made-up streets, a new one each: ground, cars, poles and buildings.
+    """Scans of made-up streets, a new one each: ground, cars, poles and buildings, and the boxes of the latter three.
 
     A spinning sensor with the beams of an HDL-64E, 80 m far, measures distances with noise of 1 cm. A full scan has
     about 126 000 points and 85 000 voxels of 0.05 m. Its levels under k2s2 have 1, 0.60, 0.30, 0.13 and 0.05 times as
     many, with 4.0, 5.0, 6.3, 7.4 and 7.4 present in a 3 x 3 x 3 window.
+
+    "boxes", float32 [m, 9], see `lumen.sparse.boxes`, and "names", [m], are of what at least 5 points are on. Nothing
+    moves, so velocities are zero, and headings are in [-pi / 2, pi / 2), because both ends of a box look the same.
 
     Args:
       split: another split, other streets.
@@ -188,12 +202,12 @@ def read_scan(path: str | os.PathLike, *, columns: int = 4, name: str = "read_sc
       name: of the reader, for messages.
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is cut off, empty, or holds numbers that are not finite.
+      DataError: the file is cut off, empty, or holds numbers that are not finite.
     """
     path = Path(path)
     content, row = path.read_bytes(), 4 * columns
     if len(content) % row:
-        raise ValueError(
+        raise DataError(
             f"{name}: {path} has {len(content)} bytes; wanted a multiple of {row}, a point being {columns} float32. It "
             "is cut off, or of another format: restore it from its source."
         )
@@ -201,7 +215,7 @@ def read_scan(path: str | os.PathLike, *, columns: int = 4, name: str = "read_sc
     finite = np.isfinite(points).all(1)
     if not len(points) or not finite.all():
         fault = f"row {finite.argmin()} is {points[finite.argmin()].tolist()}" if len(points) else "it is empty"
-        raise ValueError(
+        raise DataError(
             f"{name}: {path}: {fault}; wanted points with finite coordinates. Restore the file from its source, or "
             "remove it and its labels."
         )
@@ -247,7 +261,7 @@ class _ScanFiles:
         dtype = np.dtype(self._label_dtype)
         size = path.stat().st_size
         if size != points * dtype.itemsize:
-            raise ValueError(
+            raise DataError(
                 f"{self._name}: {path} has {size} bytes, {size / dtype.itemsize:g} labels, and {scan} has {points} "
                 f"points; wanted {points * dtype.itemsize} bytes, one {dtype.name} per point. Restore both from their "
                 "source."
@@ -256,7 +270,7 @@ class _ScanFiles:
         labels = self._label_map[np.minimum(raw, len(self._label_map) - 1)]
         unknown = (labels < 0) | (raw >= len(self._label_map))
         if unknown.any():
-            raise ValueError(
+            raise DataError(
                 f"{self._name}: {path} has the labels {np.unique(raw[unknown])[:8].tolist()}, which the data set does "
                 "not define; wanted its original labels, not ones mapped already."
             )
@@ -323,7 +337,8 @@ def semantic_kitti(
       label_map: see `semantic_kitti_label_map`.
     Raises:
       FileNotFoundError: a missing folder or label file.
-      ValueError: an unknown split or label map; when a record is read, a damaged file.
+      ValueError: an unknown split or label map.
+      DataError: when a record is read, a damaged file.
     """
     _check_split("semantic_kitti", split, tuple(SEMANTIC_KITTI_SPLITS))
     table = semantic_kitti_label_map(label_map)
@@ -341,7 +356,7 @@ def semantic_kitti(
 
 
 # The validation scenes of nuScenes; all others of its two versions with labels are for training.
-_NUSCENES_VALIDATION = {
+NUSCENES_VALIDATION = {
     "v1.0-trainval": frozenset(
         f"scene-{number:04d}"
         for first, last in (
@@ -384,14 +399,15 @@ def nuscenes(
 
     Raises:
       FileNotFoundError: a missing table, or no scan of the split.
-      ValueError: an unknown split, tables that do not fit together; when a record is read, a damaged file.
+      ValueError: an unknown split.
+      DataError: tables that do not fit together; when a record is read, a damaged file.
     """
     splits = ("train", "validation", "test", "mini_train", "mini_validation")
     _check_split("nuscenes", split, splits)
     version = "v1.0-test" if split == "test" else "v1.0-mini" if split.startswith("mini") else "v1.0-trainval"
     tables = {name: _table(Path(root) / version / f"{name}.json") for name in ("scene", "sample", "sample_data")}
     scenes = {row["token"]: row["name"] for row in tables["scene"]}
-    held_out = _NUSCENES_VALIDATION.get(version, frozenset())
+    held_out = NUSCENES_VALIDATION.get(version, frozenset())
     wanted = {name for name in scenes.values() if (name in held_out) == split.endswith("validation")}
     samples = {row["token"]: scenes.get(row["scene_token"], "") for row in tables["sample"]}
     labels = {}
@@ -403,7 +419,7 @@ def nuscenes(
         scene = samples.get(row["sample_token"], "")
         if row["is_key_frame"] and row["filename"].startswith("samples/LIDAR_TOP/") and scene in wanted:
             if labels and row["token"] not in labels:
-                raise ValueError(
+                raise DataError(
                     f"nuscenes: {row['filename']} has no row in {Path(root) / version / 'lidarseg.json'}; wanted one "
                     "per key frame. Unpack the tables of nuScenes-lidarseg over those of nuScenes."
                 )
@@ -421,7 +437,7 @@ def nuscenes_folder(root: str | os.PathLike) -> ScanSource:
 
     Raises:
       FileNotFoundError: a missing folder or label file.
-      ValueError: when a record is read, a damaged file.
+      DataError: when a record is read, a damaged file.
     """
     scans = _listed("nuscenes_folder", Path(root) / "points", ".pcd.bin")
     labels = [Path(root) / "labels" / f"{scan.name.removesuffix('.pcd.bin')}.bin" for scan in scans]
@@ -564,7 +580,7 @@ def _say_subsampled(max_voxels: int) -> None:
 
 def capacity_ladder(largest: int, rungs: int) -> tuple[int, ...]:
     """`rungs` capacities or fewer, ascending by a factor of 1.25 to the first multiple of 128 from `largest` on."""
-    return tuple(sorted({-(-math.ceil(largest / 1.25**step) // ROW_TILE) * ROW_TILE for step in range(rungs)}))
+    return tuple(sorted({whole_tiles(largest / 1.25**step) for step in range(rungs)}))
 
 
 def _collate(

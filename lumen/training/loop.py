@@ -57,6 +57,7 @@ class Task:
       export: (model, workdir), what to leave beside the checkpoints when training is over.
       inference: mesh -> (the jitted program that evaluation spends its time in, its abstract arguments); to compile it
         for absent hardware.
+      advise: metrics of a step, of which some are not finite -> what to do, in sentences, or "" if they do not say why.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
@@ -69,6 +70,7 @@ class Task:
     adjust: Adjust | None = None
     pretrained: Callable[[Any], Any] | None = None
     export: Callable[[Any, pathlib.Path], None] | None = None
+    advise: Callable[[Mapping[str, float]], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +239,7 @@ def train(run: Run, workdir: pathlib.Path, *, profile_steps: int = 0) -> dict[st
       profile_steps: record a profiler trace of so many steps, after ten where there are more, into `profile/`.
 
     Raises:
-      NonFiniteError: naming the step, the metric and the checkpoint that is kept.
+      NonFiniteError: naming the step, its metrics, the checkpoint that is kept, and what to do.
     """
     config, task = run.config, run.task
     main = jax.process_index() == 0
@@ -265,10 +267,10 @@ def train(run: Run, workdir: pathlib.Path, *, profile_steps: int = 0) -> dict[st
             """Brings a step's metrics to the host; the step after it is already running."""
             step, metrics = waiting
             values = {name: float(value) for name, value in metrics.items()}
-            for name, value in values.items():
-                if not math.isfinite(value):
-                    checkpointer.wait()
-                    raise NonFiniteError(_not_finite(step, name, value, checkpointer.steps()))
+            if not all(map(math.isfinite, values.values())):
+                checkpointer.wait()
+                advice = task.advise(values) if task.advise else ""
+                raise NonFiniteError(_not_finite(step, values, checkpointer.steps(), advice))
             return values
 
         def save(step, state):
@@ -334,15 +336,18 @@ def _move_to(batches: Batches, position, workdir: pathlib.Path) -> None:
         ) from error
 
 
-def _not_finite(step: int, name: str, value: float, kept: Sequence[int]) -> str:
+def _not_finite(step: int, values: Mapping[str, float], kept: Sequence[int], advice: str) -> str:
+    name = min((name for name, value in values.items() if not math.isfinite(value)), key=lambda name: name != "loss")
     last = f"checkpoint {kept[-1]} is the last good one and is kept" if kept else "no checkpoint was saved yet"
+    advice = advice or "Lower the learning rate, clip gradients, or look at the data of this step."
     text = (
-        f"step {step}: {name} is {value}; training stopped, {last}. Lower the learning rate, clip gradients, or look "
-        "at the data of this step, then run the same command to resume."
+        f"step {step}: {name} is {values[name]}; training stopped, {last}. {advice} Then run the same command to "
+        "resume."
     )
     if len(kept) > 1 and kept[-1] == step - 1:
         text += f" If that fails here again, remove the checkpoint to go back to the one of step {kept[-2]}."
-    return text
+    metrics = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+    return f"{text} The step's metrics: {metrics}."
 
 
 def _global_batch(local, sharding):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -24,7 +25,7 @@ from lumen.evaluation.segmentation import (
 from lumen.layers import Statistic
 from lumen.sharding import RULES, batch_sharding, tree_shardings
 from lumen.sparse.minkunet import MinkUNet, MinkUNetConfig, segmentation_loss, unet_maps
-from lumen.sparse.tensor import SparseTensor, check_capacity
+from lumen.sparse.tensor import ROW_TILE, SparseTensor, check_capacity, fail_on_missing_rows
 from lumen.sparse.tuning import Tuning
 from lumen.training.config import ConfigError
 from lumen.training.lidar import (
@@ -32,6 +33,7 @@ from lumen.training.lidar import (
     ScanOptions,
     ScanSource,
     batch_spec,
+    capacity_ladder,
     evaluation_batches,
     nuscenes,
     semantic_kitti,
@@ -180,9 +182,14 @@ def make_task(
             return model(group_tensor(group, options.scans, model.classifier.kernel.dtype))
 
         def run(model, batch):
-            return jax.tree.map(lambda *rows: jnp.stack(rows), *[one(model, group) for group in _groups(batch)])
+            return jax.tree.map(lambda *rows: jnp.stack(rows), *[one(model, group) for group in groups_of(batch)])
 
         return jax.jit(run), (model, batch)
+
+    def advise(metrics):
+        rows = capacity_ladder(options.scans.scans_per_group * options.scans.max_voxels, 3)[0]
+        key = "config.lidar_segmentation.level_fractions"
+        return advise_on_missing_rows(metrics, key, config.level_fractions, rows, highest=1.0)
 
     return Task(
         build=lambda rngs: MinkUNet(config, rngs=rngs),
@@ -194,6 +201,7 @@ def make_task(
         monitor=monitor,
         evaluate=lambda model, key, workdir: measure(model, "test", options.evaluation_scans),
         inference=inference,
+        advise=advise,
     )
 
 
@@ -203,27 +211,45 @@ def class_colours(name: str):
 
 
 def group_loss(model: MinkUNet, group, *, options: ScanOptions):
-    """Mean cross-entropy of one group, and the model's metrics; NaN if a level's capacity was too small.
-
-    "missing_rows" says by how many rows: raise `level_fractions`.
-    """
+    """Mean cross-entropy of one group, and {"accuracy", "missing_rows"}, see `fail_on_missing_rows`."""
     x = group_tensor(group, options, model.classifier.kernel.dtype)
     maps = unet_maps(x.sites, model.config)
-    missing = functools.reduce(
-        jnp.maximum, [sites.count - sites.capacity for sites in maps.levels.values()], jnp.int32(0)
-    )
     logits = model(x, maps, train=True)
-    value = jnp.where(missing > 0, jnp.nan, segmentation_loss(logits, group["labels"], ignore=IGNORE))
+    value, missing = fail_on_missing_rows(segmentation_loss(logits, group["labels"], ignore=IGNORE), maps.levels)
     known = group["labels"] != IGNORE
     right = (known & (logits.argmax(-1) == group["labels"])).sum() / jnp.maximum(known.sum(), 1)
-    return value, {"accuracy": right, "missing_rows": missing.astype(jnp.float32)}
+    return value, {"accuracy": right} | missing
+
+
+def advise_on_missing_rows(
+    metrics: Mapping[str, float], key: str, fractions: Sequence[float], rows: int, *, highest: float = math.inf
+) -> str:
+    """What to set where a level of the network had more sites than rows, as a sentence; "" where none had.
+
+    Args:
+      metrics: of a step; its "missing_rows" are the most that any level lacked.
+      key: of the configuration, that of `fractions`.
+      fractions: rows of each level as shares of the input's.
+      rows: of the smallest input.
+      highest: a fraction that always suffices.
+    """
+    missing = metrics["missing_rows"]
+    if not missing > 0:
+        return ""
+    # One tile for the rounding of capacities, and two decimals.
+    more = (missing + ROW_TILE) / rows
+    enough = tuple(min(highest, math.ceil(100 * (fraction + more)) / 100) for fraction in fractions)
+    return (
+        f"A level of the network has {missing:.0f} sites more than rows: set {key}={enough} or larger; it is "
+        f"{tuple(fractions)}."
+    )
 
 
 def over_groups(loss, model: nnx.Module, batch):
     """The mean of loss(model, group) -> (scalar, metrics) over the groups of a batch, each on the device that holds it.
 
     Norms see one group at a time, as with one process per GPU; running statistics are the mean of what the groups made
-    of them.
+    of them. "missing_rows" are those of the group that has most.
 
     Args:
       loss: of one group.
@@ -235,14 +261,10 @@ def over_groups(loss, model: nnx.Module, batch):
 
     def local(params, statistics, others, batch):
         results = []
-        for group in _groups(batch):
+        for group in groups_of(batch):
             run = nnx.merge(graphdef, params, statistics, others, copy=True)
-            value, metrics = loss(run, group)
-            results.append((value, metrics, nnx.state(run, Statistic)))
-        return jax.tree.map(lambda *each: jnp.mean(jnp.stack(each), 0), *results)
-
-    def shared(*arguments):
-        return jax.lax.pmean(local(*arguments), RULES["batch"])
+            results.append((*loss(run, group), nnx.state(run, Statistic)))
+        return jax.tree.map(lambda *each: jnp.stack(each), *results)
 
     groups, devices = batch["count"].shape[0], math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
     if groups % devices:
@@ -250,17 +272,16 @@ def over_groups(loss, model: nnx.Module, batch):
             f"a batch of {groups} groups does not split over {devices} devices; wanted batch_size = scans_per_group "
             f"x a multiple of {devices}."
         )
-    if devices == 1:
-        value, metrics, moved = local(params, statistics, others, batch)
-    else:
+    if devices > 1:
         whole, split = PartitionSpec(), PartitionSpec(RULES["batch"])
-        specs = {"in_specs": (whole, whole, whole, split), "out_specs": whole}
-        sharded = jax.shard_map(shared, mesh=mesh, check_vma=False, **specs)
-        value, metrics, moved = sharded(params, statistics, others, batch)
-    nnx.update(model, moved)
-    return value, metrics
+        specs = {"in_specs": (whole, whole, whole, split), "out_specs": split}
+        local = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+    values, metrics, moved = local(params, statistics, others, batch)
+    nnx.update(model, jax.tree.map(lambda each: each.mean(0), moved))
+    metrics = {name: each.max() if name == "missing_rows" else each.mean() for name, each in metrics.items()}
+    return values.mean(), metrics
 
 
-def _groups(batch) -> list[dict[str, Any]]:
+def groups_of(batch) -> list[dict[str, Any]]:
     """The groups of a batch as one dict each."""
     return [{name: rows[i] for name, rows in batch.items()} for i in range(batch["count"].shape[0])]

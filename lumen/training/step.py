@@ -44,6 +44,8 @@ def cast_floats(tree, dtype):
 def initial_state(build: Callable[[nnx.Rngs], nnx.Module], optimizer, key, *, average: bool) -> TrainState:
     """A fresh state; pure, so that it can be traced for its shapes and jitted with shardings."""
     _, params, frozen = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
+    # Types that are firm: a weak one changes with the first update, and the step would compile a second time.
+    params, frozen = jax.tree.map(lambda x: x.astype(x.dtype), (params, frozen))
     copy = jax.tree.map(jnp.copy, params) if average else None
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), copy)
 

@@ -15,7 +15,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from lumen.io.names import torchsparse
 from lumen.io.pretrained import Rule, from_original, load, read, save, to_original, write_folder
+from lumen.layers import Statistic
+from lumen.sparse.minkunet import MinkUNet, MinkUNetConfig
 
 D, N, H, LAYERS = 4, 2, 3, 2
 
@@ -283,6 +286,41 @@ def test_safetensors_file_round_trip_and_bytes(model, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]  # nothing half-written left
 
 
+def minkunet(seed):
+    """The smallest MinkUNet, of random numbers."""
+    rng, config = np.random.default_rng(seed), MinkUNetConfig(widths=(2,) * 9, classes=3)
+    abstract = nnx.eval_shape(lambda: MinkUNet(config, rngs=nnx.Rngs(0)))
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(1, 2, leaf.shape), leaf.dtype), abstract)
+
+
+def test_running_statistics_come_back(tmp_path):
+    """Of a network with batch norms: into a file with everything else, and back as what a training step keeps."""
+    model = minkunet(0)
+    before = values(model)
+    path = tmp_path / "model.safetensors"
+    save(path, model, torchsparse.RULES)
+    tensors = load_file(path)
+    assert_same(tensors, to_original(model, torchsparse.RULES))
+    names = [name for name in before if name.endswith((".mean", ".var"))]
+    assert len(names) == len(jax.tree.leaves(nnx.state(model, Statistic))) == 2 * 46
+    assert len([name for name in tensors if name.endswith((".running_mean", ".running_var"))]) == 2 * 46
+    np.testing.assert_array_equal(tensors["stem.1.running_mean"], before["stem1.norm.mean"])
+    np.testing.assert_array_equal(tensors["up1.1.0.downsample.1.running_var"], before["up.0.block1.shortcut_norm.var"])
+
+    tensors["stem.1.num_batches_tracked"] = np.array(7)
+    loaded = from_original(tensors, minkunet(1), torchsparse.RULES, torchsparse.IGNORED)
+    assert_same(values(loaded), before)
+    assert len(jax.tree.leaves(nnx.state(loaded, Statistic))) == 2 * 46
+
+    del tensors["stem.1.running_mean"], tensors["up1.1.0.downsample.1.running_var"]
+    with pytest.raises(ValueError, match=r"^2 mismatches between the published tensors and MinkUNet") as caught:
+        load(tensors, minkunet(1), torchsparse.RULES, torchsparse.IGNORED)
+    assert [line.strip() for line in str(caught.value).splitlines()[1:-1]] == [
+        "missing    stem.1.running_mean: wanted [2] for stem1.norm.mean",
+        "missing    up1.1.0.downsample.1.running_var: wanted [2] for up.0.block1.shortcut_norm.var",
+    ]
+
+
 def test_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"old")
@@ -512,6 +550,8 @@ def test_torch_files(model, tmp_path):
     torch.save(state, path)
     assert_same(values(load(path, model, RULES)), want)
     torch.save({"model": state, "args": argparse.Namespace(lr=1e-4), "epoch": 3}, path)
+    assert_same(values(load(path, model, RULES)), want)
+    torch.save({"epoch": 80, "optimizer_state": None, "model_state": state, "version": "pcdet"}, path)
     assert_same(values(load(path, model, RULES)), want)
 
     torch.save({"state_dict": state, "epoch": 3}, path)

@@ -1,9 +1,10 @@
-"""MinkUNet on one CPU, next to spconv's CPU engine: python tests/sparse/bench_spconv.py [--ratio 1.0] [--seed 0]
+"""MinkUNet on one CPU, next to spconv's CPU engine: python tests/sparse/bench_spconv.py [--tuning FILE]
 
 The forward pass of MinkUNet on a generated scan of about 80,000 voxels at 0.05 m, float32, evaluation mode, building
 the maps included, with every dataflow of lumen and with spconv 2.3 (one thread, where its CPU path is fastest and
-correct) on the same weights; both are pinned to one CPU and run in turn. Prints medians, the largest difference between
-the two and the ratio. Without spconv, lumen alone.
+correct) on the same weights; both are pinned to one CPU and run in turn. lumen's default runs in bfloat16 too, which
+spconv's CPU engine does not have, and what `lumen tune` found if its file is given. Prints medians, the largest
+difference of the logits, the share of voxels with the same class, and the ratios. Without spconv, lumen alone.
 """
 
 import argparse
@@ -18,6 +19,7 @@ if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -26,10 +28,12 @@ from lumen.io.names.torchsparse import RULES
 from lumen.io.pretrained import to_original
 from lumen.layers import Statistic
 from lumen.sparse.minkunet import MAP_NAMES, MinkUNet, MinkUNetConfig
+from lumen.sparse.tuning import Tuning
 from lumen.training.lidar import street_scans
 from pallas_kernels.sparse_convolution import Dataflows
 
 RUNS = 3
+BFLOAT16 = "default, bfloat16"
 
 
 def spconv_minkunet(weights, shape):
@@ -104,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratio", type=float, default=1.0, help="width of the network")
     parser.add_argument("--seed", type=int, default=0, help="of scan and weights")
+    parser.add_argument("--tuning", metavar="FILE", help="of `lumen tune`, for the same width")
     options = parser.parse_args()
     scan = street_scans("train", scans=1, seed=options.seed)[0]
     x = scan_tensor(scan["points"])
@@ -121,12 +126,23 @@ def main() -> None:
     nnx.update(model, jax.jit(statistics_of)(state, x))
 
     runs, outputs = {}, {}
-    for label, flow in FLOWS.items():
+
+    def lumen_runs(label, flows, dtype=None):
         changed = nnx.clone(model)
-        flows = tuple((name, Dataflows(flow, flow, flow)) for name in MAP_NAMES)
         changed.config = dataclasses.replace(model.config, dataflows=flows)
+        given = x
+        if dtype:
+            nnx.update(changed, jax.tree.map(lambda a: a.astype(dtype), nnx.state(changed, nnx.Param)))
+            given = dataclasses.replace(x, features=x.features.astype(dtype))
         forward = jax.jit(lambda model, x: model(x))
-        runs[f"lumen, {label}"] = lambda forward=forward, changed=changed: np.asarray(forward(changed, x))[:rows]
+        runs[f"lumen, {label}"] = lambda: np.asarray(forward(changed, given)[:rows], np.float32)
+
+    for label, flow in FLOWS.items():
+        lumen_runs(label, tuple((name, Dataflows(flow, flow, flow)) for name in MAP_NAMES))
+    lumen_runs("default", ())
+    if options.tuning:
+        lumen_runs("tuned", Tuning.load(options.tuning).dataflows)
+    lumen_runs(BFLOAT16, (), jnp.bfloat16)
     try:
         theirs = spconv_minkunet(to_original(model, RULES), list(x.sites.spatial_shape))
         runs["spconv"] = lambda: theirs(features, coordinates)
@@ -141,13 +157,16 @@ def main() -> None:
             run()
             times[name].append(time.perf_counter() - begin)
     first = next(iter(outputs.values()))
-    print(f"{rows} voxels, MinkUNet {options.ratio}, one CPU, float32; medians of {RUNS}")
-    for name, seconds in times.items():
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    print(f"{rows} voxels, MinkUNet {options.ratio}, one CPU; medians of {RUNS}")
+    for name, seconds in medians.items():
         gap = np.abs(outputs[name] - first).max() / np.abs(first).max()
-        print(f"{name:32s} {statistics.median(seconds):7.2f} s   difference {gap:.1e}")
-    if "spconv" in times:
-        best = min((statistics.median(seconds), name) for name, seconds in times.items() if name != "spconv")
-        print(f"{best[1]}: {statistics.median(times['spconv']) / best[0]:.2f}x as fast as spconv")
+        same = (outputs[name].argmax(1) == first.argmax(1)).mean()
+        print(f"{name:32s} {seconds:7.2f} s   difference {gap:.1e}   same class {same:.2%}")
+    if "spconv" in medians:
+        best = min((name for name in medians if name not in ("spconv", f"lumen, {BFLOAT16}")), key=medians.__getitem__)
+        for name in (best, f"lumen, {BFLOAT16}"):
+            print(f"{name}: {medians['spconv'] / medians[name]:.2f}x as fast as spconv")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lumen import layers
 from lumen.layers import Statistic
 from lumen.sparse.convolution import (
     BatchNorm,
@@ -398,6 +399,28 @@ def test_batch_norm_sees_the_rows_in_use(rough, dtype):
     assert norm.mean[...].tolist() == [1, -2, 3, 0]
 
 
+def test_batch_norm_of_pictures_is_that_of_their_pixels():
+    """Every pixel counts: the same outputs and statistics as of a sparse tensor with a site per pixel."""
+    pixels = 3 + np.random.default_rng(9).standard_normal((2, 3, 4, 4), np.float32)
+    sites = np.stack(np.unravel_index(np.arange(24), (2, 3, 4)), 1)
+    x = from_numpy(pixels.reshape(24, 4), sites, spatial_shape=(3, 4), batch_size=2, capacity=128)
+
+    @jax.jit
+    def run(pixels, x):
+        dense, sparse = layers.BatchNorm(4, momentum=0.25), BatchNorm(4, momentum=0.25)
+        results = dense(pixels, train=True).reshape(24, 4), sparse(x, train=True).features
+        return results, [nnx.to_pure_dict(nnx.state(norm, Statistic)) for norm in (dense, sparse)]
+
+    (picture, rows), (of_picture, of_rows) = run(pixels, x)
+    exact = pixels.astype(np.float64).reshape(24, 4)
+    wanted = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
+    np.testing.assert_allclose(picture, wanted, **NORM)
+    check_rows(rows, wanted, **NORM)
+    for moved in (of_picture, of_rows):
+        np.testing.assert_allclose(moved["mean"], 0.25 * exact.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(moved["var"], 0.75 + 0.25 * exact.var(0, ddof=1), rtol=1e-5)
+
+
 def test_batch_norm_of_numbers_far_from_zero():
     """A variance from mean squares would lose all digits: 10000**2 * 2**-24 = 6."""
     rng = np.random.default_rng(2)
@@ -687,13 +710,36 @@ def test_maps_and_tensors_of_other_sites(rough, capacity, shape, batch, other):
 
 
 def test_kernels_that_do_not_fit_the_map(rough):
+    layer = with_weights(jnp.ones((2, 2, 2, 4, 4)))
+    message = (
+        "SparseConv: the map has 27 offsets and the kernel 8, (2, 2, 2); wanted a map of the kernel's size. Make both "
+        "with the same kernel_size."
+    )
+    with pytest.raises(SparseError, match=re.escape(message)):
+        jax.eval_shape(lambda x: layer(x, submanifold_map(x.sites, 3)), rough[0])
+
+
+def test_features_that_do_not_fit_the_layer(rough):
+    """Other channels, and rows of other sites: the error names the layer and both shapes."""
     x, _, _ = rough
-    for shape, message in (
-        ((2, 2, 2, 4, 4), r"w \[8, 4, 4\], map .* 27 offsets"),
-        ((3, 3, 3, 5, 4), r"w \[27, 5, 4\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            jax.eval_shape(lambda x, s=shape: with_weights(jnp.ones(s))(x, submanifold_map(x.sites, 3)), x)
+    conv, linear, batch_norm = with_weights(jnp.ones((3, 3, 3, 5, 4))), with_weights(jnp.ones((5, 4))), BatchNorm(5)
+    calls = {
+        "SparseConv": lambda x: conv(x, submanifold_map(x.sites, 3)),
+        "SparseLinear": linear,
+        "BatchNorm": lambda x: batch_norm(x, train=True),
+        "LayerNorm": LayerNorm(5),
+        "add: y": lambda y: add(SparseTensor(jnp.ones((128, 5)), x.sites), y),
+    }
+    for name, call in calls.items():
+        for shape in ((128, 4), (100, 5)):
+            message = (
+                f"{name}: features are {list(shape)} on 128 rows of sites; wanted [128, 5]. Give the layer as many"
+            )
+            with pytest.raises(SparseError, match=re.escape(message)):
+                jax.eval_shape(call, SparseTensor(jnp.ones(shape), x.sites))
+    message = "BatchNorm: x is [2, 3, 3, 4]; wanted 5 channels on the last axis. Make the norm for 4 channels, or"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layers.BatchNorm(5)(jnp.ones((2, 3, 3, 4)), train=False)
 
 
 def test_kinds_of_pooling_are_two(rough):

@@ -20,32 +20,50 @@ from lumen.training.detection import (
     augment,
     collate,
     make_task,
-    points_in_boxes,
     scene_folder,
-    street_scenes,
     to_voxels,
+    without_intensity,
 )
+from lumen.training.lidar import street_scans
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def scene():
-    return street_scenes("train", scans=4, beams=32, azimuths=512)[1]
+def street():
+    return street_scans("train", scans=4, beams=32, azimuths=512)[1]
 
 
-def test_scenes_repeat_and_their_boxes_have_points(scene):
-    again = street_scenes("train", scans=9, beams=32, azimuths=512)[1]
-    for name in ("points", "boxes", "names"):
-        np.testing.assert_array_equal(again[name], scene[name])
-    other = street_scenes("validation", scans=4, beams=32, azimuths=512)[1]
-    assert not np.array_equal(other["boxes"][:3], scene["boxes"][:3])
-    assert 10 < len(scene["boxes"]) < 60  # some are hidden
-    assert set(scene["names"]) == {"car", "pole", "building"}
-    grown = scene["boxes"] + np.float32([0, 0, 0, 0.1, 0.1, 0.1, 0, 0, 0])
-    assert points_in_boxes(scene["points"], grown).min() >= 5
+@pytest.fixture(scope="module")
+def scene(street):
+    return without_intensity(street, np.random.default_rng(0))
+
+
+def points_in_boxes(points, boxes):
+    """How many points each box holds."""
+    counts = []
+    for x, y, z, *size, heading in boxes[:, :7]:
+        away = points[:, :3] - np.array([x, y, z])
+        ahead, left = [np.cos(heading), np.sin(heading), 0], [-np.sin(heading), np.cos(heading), 0]
+        local = away @ np.transpose([ahead, left, [0, 0, 1]])
+        counts.append((np.abs(local) <= np.array(size) / 2).all(1).sum())
+    return np.array(counts)
+
+
+def test_boxes_of_streets_have_points(street, scene):
+    assert 10 < len(street["boxes"]) < 60  # some are hidden
+    assert set(street["names"]) == {"car", "pole", "building"}
+    grown = street["boxes"] + np.float32([0, 0, 0, 0.1, 0.1, 0.1, 0, 0, 0])  # the noise of a point is 1 cm
+    assert points_in_boxes(street["points"], grown).min() >= 5
+    # Points of a class that are in no box of it are at most 4 of each box that is not there.
+    for label, (name, count) in enumerate({"car": 30, "pole": 15, "building": 15}.items(), 1):
+        own = points_in_boxes(street["points"][street["labels"] == label], grown[street["names"] == name])
+        assert (street["labels"] == label).sum() - own.sum() <= 4 * (count - len(own))
     # Boxes stand on the ground, 1.73 m below the sensor.
-    np.testing.assert_allclose(scene["boxes"][:, 2] - scene["boxes"][:, 5] / 2, -1.73, atol=1e-5)
+    np.testing.assert_allclose(street["boxes"][:, 2] - street["boxes"][:, 5] / 2, -1.73, atol=1e-5)
+    np.testing.assert_array_equal(scene["points"][:, :3], street["points"][:, :3])
+    assert abs(np.corrcoef(scene["points"][:, 3], street["points"][:, 3])[0, 1]) < 0.05
+    assert not scene["points"][:, 4].any()
 
 
 def test_points_in_a_turned_box():
@@ -163,6 +181,13 @@ def test_options():
             total_steps=1,
             workdir=pathlib.Path(),
         )
+    task = make_task(
+        DetectionOptions(model={"size": "waymo"}), batch_size=1, seed=0, total_steps=1, workdir=pathlib.Path()
+    )
+    assert task.advise is not None
+    assert "set config.detection.model.backbone.level_fractions=(2.02, 1.27, 0.64, 0.52) or larger" in task.advise(
+        {"missing_rows": 1000.0}  # inputs have from 96 000 rows
+    )
     with pytest.raises(ValueError, match="scans_per_group=0"):
         DetectionOptions(scans_per_group=0)
     assert DetectionData().source("train", 0)[0]["boxes"].shape[1] == 9

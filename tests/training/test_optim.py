@@ -1,5 +1,7 @@
 """Learning rates against the original's, AdamW against NumPy, and what weight decay leaves alone."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,21 +44,67 @@ def test_learning_rate_by_hand():
     assert learning_rate(config, 100, 12) == 2.0
 
 
-def adam(params, gradients, config, *, rates):
-    """Adam by its paper's algorithm 1 in float64; decoupled decay as in "Decoupled Weight Decay Regularization"."""
+ONE_CYCLE = OptimizerConfig(
+    learning_rate=0.1,
+    schedule="one_cycle",
+    warmup_steps=4,
+    initial_learning_rate=0.01,
+    final_learning_rate=1e-6,
+    beta1=0.95,
+    beta1_at_peak=0.85,
+    epsilon=1e-3,
+)
+
+
+def test_one_cycle_is_that_of_optax():
+    want = optax.cosine_onecycle_schedule(10, 0.1, pct_start=0.4, div_factor=10, final_div_factor=1e4)
+    steps = jnp.arange(12)
+    # float32 numbers up to 0.1, a few roundings (2**-24) each.
+    np.testing.assert_allclose(learning_rate(ONE_CYCLE, steps, 10), jax.vmap(want)(steps), atol=1e-7)
+    assert learning_rate(ONE_CYCLE, 2, 10) == pytest.approx(0.055)  # halfway up
+
+
+def test_beta1_goes_down_and_up_with_one_cycle():
+    total, rng = 10, np.random.default_rng(1)
+    params = {"kernel": rng.normal(size=(4, 3))}
+    gradients = [{"kernel": rng.normal(size=(4, 3))} for _ in range(total)]
+    rates = [float(learning_rate(ONE_CYCLE, step, total)) for step in range(total)]
+    shares = [step / 4 if step < 4 else 1 - (step - 4) / 6 for step in range(total)]
+    betas = [0.95 - 0.1 * (1 - np.cos(np.pi * share)) / 2 for share in shares]
+    assert betas[0] == 0.95
+    assert betas[4] == pytest.approx(0.85)
+    want = adam(params, gradients, ONE_CYCLE, rates=rates, betas=betas)
+    optimizer = make_optimizer(ONE_CYCLE, total)
+    got: Any = {"kernel": jnp.asarray(params["kernel"], jnp.float32)}
+    state = optimizer.init(got)
+    for step in gradients:
+        updates, state = optimizer.update({"kernel": jnp.asarray(step["kernel"], jnp.float32)}, state, got)
+        got = optax.apply_updates(got, updates)
+    # Ten float32 updates of size 0.1; 1 - beta1 of 0.05 loses a digit.
+    np.testing.assert_allclose(got["kernel"], want["kernel"], rtol=1e-5, atol=3e-6)
+    constant = adam(params, gradients, ONE_CYCLE, rates=rates)
+    assert abs(constant["kernel"] - want["kernel"]).max() > 1e-3
+
+
+def adam(params, gradients, config, *, rates, betas=None):
+    """Adam by its paper's algorithm 1 in float64; decoupled decay as in "Decoupled Weight Decay Regularization".
+
+    `betas`: beta1 of each step; None for the config's.
+    """
+    betas = [config.beta1] * len(rates) if betas is None else betas
     params = {name: np.asarray(value, np.float64) for name, value in params.items()}
     first = {name: np.zeros_like(value) for name, value in params.items()}
     second = {name: np.zeros_like(value) for name, value in params.items()}
-    for t, (step_gradients, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+    for t, (step_gradients, rate, beta1) in enumerate(zip(gradients, rates, betas, strict=True), start=1):
         step_gradients = {name: np.asarray(value, np.float64) for name, value in step_gradients.items()}
         norm = np.sqrt(sum((value**2).sum() for value in step_gradients.values()))
         scale = min(1.0, config.clip_norm / norm) if config.clip_norm else 1.0
         for name, value in params.items():
             decay = config.weight_decay if name == "kernel" else 0.0
             g = scale * step_gradients[name] + (decay * value if config.name == "adam" else 0.0)
-            first[name] = config.beta1 * first[name] + (1 - config.beta1) * g
+            first[name] = beta1 * first[name] + (1 - beta1) * g
             second[name] = config.beta2 * second[name] + (1 - config.beta2) * g**2
-            m, v = first[name] / (1 - config.beta1**t), second[name] / (1 - config.beta2**t)
+            m, v = first[name] / (1 - beta1**t), second[name] / (1 - config.beta2**t)
             update = m / (np.sqrt(v) + config.epsilon)
             if config.name == "adamw":
                 update = update + decay * value
@@ -145,6 +193,12 @@ def test_decay_acts_on_what_it_should():
         ({"learning_rate": float("inf")}, r"learning_rate=inf; wanted a positive number"),
         ({"warmup_steps": -1}, "warmup_steps=-1; wanted at least 0"),
         ({"clip_norm": -1.0}, r"clip_norm=-1\.0; wanted at least 0"),
+        ({"beta1_at_peak": -0.5}, r"beta1_at_peak=-0\.5; wanted at least 0 and less than 1"),
+        (
+            {"beta1_at_peak": 0.5},
+            r"beta1_at_peak=0\.5 with name='adamw' and schedule='cosine'; wanted 'adamw' or 'adam'",
+        ),
+        ({"initial_learning_rate": 1e-5}, r"initial_learning_rate=1e-05 with schedule='cosine', which begins at 0"),
         ({"beta2": 1.0}, r"beta2=1\.0; wanted at least 0 and less than 1"),
     ],
 )

@@ -3,6 +3,7 @@
 train.py for real, in processes of its own, on a run of seconds; then the training loop on a problem of six numbers.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -436,7 +437,7 @@ def test_a_poisoned_batch_stops_the_run_before_its_state_is_saved(tmp_path, pois
     batches = Numbers(lambda number: poison if number == 7 else None)
     with pytest.raises(
         loop.NonFiniteError,
-        match=rf"^step 7: \w+ is (nan|inf); training stopped, checkpoint {kept} is the last good one and is kept\.",
+        match=rf"^step 7: loss is (nan|inf); training stopped, checkpoint {kept} is the last good one and is kept\.",
     ) as caught:
         loop.train(line_run(batches, save_every=save_every), tmp_path)
     # Where the newest state was never seen to work, the message says how to go back behind it.
@@ -453,6 +454,18 @@ def test_a_poisoned_batch_stops_the_run_before_its_state_is_saved(tmp_path, pois
 def test_without_a_checkpoint_the_error_says_so(tmp_path):
     with pytest.raises(loop.NonFiniteError, match="training stopped, no checkpoint was saved yet"):
         loop.train(line_run(Numbers(lambda number: np.nan), save_every=0), tmp_path)
+
+
+def test_the_error_gives_all_metrics_and_the_advice_of_the_task(tmp_path):
+    run = line_run(Numbers(lambda number: np.nan), save_every=0)
+    advise = lambda metrics: f"Look at {', '.join(metrics)}." if np.isnan(metrics["loss"]) else ""  # noqa: E731
+    task = dataclasses.replace(run.task, advise=advise)
+    with pytest.raises(
+        loop.NonFiniteError,
+        match=r"^step 1: loss is nan; .* saved yet\. Look at gradient_norm, loss, parameter_norm\. Then run the same "
+        r"command to resume\. The step's metrics: gradient_norm nan, loss nan, parameter_norm nan\.$",
+    ):
+        loop.train(dataclasses.replace(run, task=task), tmp_path)
 
 
 def test_an_interrupt_stops_after_the_step_in_flight(tmp_path, capsys):

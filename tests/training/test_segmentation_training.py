@@ -1,8 +1,10 @@
 """The LiDAR segmentation task: groups on devices, statistics, overflow, evaluation; scans of a few hundred points."""
 
+import ast
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +16,29 @@ from lumen.layers import Statistic
 from lumen.sharding import make_mesh
 from lumen.sparse.convolution import BatchNorm, SparseConv
 from lumen.sparse.kernel_maps import submanifold_map
-from lumen.sparse.minkunet import MinkUNet, MinkUNetConfig, segmentation_loss
+from lumen.sparse.minkunet import MAP_NAMES, MinkUNet, MinkUNetConfig, segmentation_loss, unet_maps
+from lumen.sparse.tensor import fail_on_missing_rows
 from lumen.training.lidar import ScanOptions, batch_spec, street_scans, training_batches
 from lumen.training.segmentation import (
     ScanData,
     SegmentationOptions,
+    advise_on_missing_rows,
     group_loss,
     group_tensor,
     make_task,
     over_groups,
 )
+from pallas_kernels.sparse_convolution import Dataflow, Dataflows
 
 SCANS = ScanOptions(voxel_size=0.5, spatial_shape=(512, 512, 64), max_voxels=256)
 DATA = ScanData(scans=16, beams=8, azimuths=64)
 OPTIONS = SegmentationOptions(ratio=0.0625, data=DATA, scans=SCANS)
+
+
+def drawn(build):
+    """A model of random numbers from NumPy, which spares compiling the initialisers."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0, 1, leaf.shape), leaf.dtype), nnx.eval_shape(build))
 
 
 class Tiny(nnx.Module):
@@ -95,15 +106,15 @@ def products(jaxpr):
 
 
 def test_the_model_computes_in_the_type_of_its_weights(batch):
-    model = MinkUNet(MinkUNetConfig.debug(classes=4), rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: MinkUNet(MinkUNetConfig.debug(classes=4), rngs=nnx.Rngs(0)))
     graphdef, params, others = nnx.split(model, nnx.Param, ...)
     group = {name: rows[0] for name, rows in batch.items()}
 
-    def loss(params):
+    def loss(params, others):
         cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
         return group_loss(nnx.merge(graphdef, cast, others, copy=True), group, options=SCANS)[0]
 
-    assert set(products(jax.make_jaxpr(loss)(params).jaxpr)) == {(jnp.dtype(jnp.bfloat16),) * 2}
+    assert set(products(jax.make_jaxpr(loss)(params, others).jaxpr)) == {(jnp.dtype(jnp.bfloat16),) * 2}
 
 
 def test_a_batch_that_does_not_split_is_refused(batch):
@@ -113,8 +124,10 @@ def test_a_batch_that_does_not_split_is_refused(batch):
 
 @pytest.mark.parametrize("fractions", [(), (0.5, 0.5, 0.5, 0.5)])
 def test_a_level_that_overflows_shows(batch, fractions):
-    config = MinkUNetConfig(widths=(2, 2, 4, 8, 16, 16, 8, 6, 6), classes=4, level_fractions=fractions)
-    model = MinkUNet(config, rngs=nnx.Rngs(0))
+    # The quickest dataflows to compile.
+    flows = tuple((name, Dataflows(*(Dataflow("unsorted"),) * 3)) for name in MAP_NAMES)
+    config = MinkUNetConfig(widths=(2,) * 9, classes=4, level_fractions=fractions, dataflows=flows)
+    model = drawn(lambda: MinkUNet(config, rngs=nnx.Rngs(0)))
     assert int(batch["count"][0]) > 128, "the second level needs more than half of 256 rows"
 
     @jax.jit
@@ -127,9 +140,57 @@ def test_a_level_that_overflows_shows(batch, fractions):
     assert (metrics["missing_rows"] > 0) == bool(fractions)
 
 
+def test_what_is_missing_is_advised(batch):
+    """The fractions of the sentence are enough, and no more than a tile and rounding above what is needed."""
+    group, fractions = {name: rows[0] for name, rows in batch.items()}, (0.1, 0.2, 0.3, 0.4)
+    rows = len(group["features"])
+
+    def missing(fractions):
+        config = MinkUNetConfig.debug(level_fractions=fractions)
+        levels = jax.jit(lambda group: unet_maps(group_tensor(group, SCANS, jnp.float32).sites, config).levels)(group)
+        return fail_on_missing_rows(1.0, levels)
+
+    loss, metrics = missing(fractions)
+    lacking = int(metrics["missing_rows"])
+    assert np.isnan(loss)
+    text = advise_on_missing_rows(metrics, "config.fractions", fractions, rows, highest=1.0)
+    found = re.fullmatch(
+        rf"A level of the network has {lacking} sites more than rows: set config\.fractions=(\(.*\)) or larger; it is "
+        r"\(0\.1, 0\.2, 0\.3, 0\.4\)\.",
+        text,
+    )
+    assert found
+    enough = ast.literal_eval(found[1])
+    np.testing.assert_allclose(enough, np.minimum(np.array(fractions) + (lacking + 128) / rows, 1), atol=0.01)
+    loss, metrics = missing(enough)
+    assert loss == 1
+    assert advise_on_missing_rows(metrics, "config.fractions", enough, rows) == ""
+
+
+def test_the_key_of_missing_rows_is_named(tmp_path):
+    options = SegmentationOptions(level_fractions=(0.7, 0.5, 0.3, 1.0))  # inputs have from 51 200 rows
+    task = make_task(options, batch_size=1, seed=0, total_steps=1, workdir=tmp_path)
+    assert task.advise is not None
+    assert task.advise({"loss": np.nan, "missing_rows": 900.0}) == (
+        "A level of the network has 900 sites more than rows: set config.lidar_segmentation.level_fractions=(0.73, "
+        "0.53, 0.33, 1.0) or larger; it is (0.7, 0.5, 0.3, 1.0)."
+    )
+
+
+def test_missing_rows_of_groups_are_the_most(batch):
+    def loss(model, group):
+        del model
+        return jnp.float32(1), {"missing_rows": group["count"].astype(jnp.float32), "mean": group["count"] / 2}
+
+    with jax.set_mesh(make_mesh({"data": 2}, jax.devices()[:2])):
+        _, metrics = jax.jit(lambda batch: over_groups(loss, Tiny(nnx.Rngs(0)), batch))(batch)
+    assert metrics["missing_rows"] == batch["count"].max()
+    np.testing.assert_allclose(metrics["mean"], batch["count"].mean() / 2, rtol=1e-6)
+
+
 def test_task_evaluates_points_and_draws(tmp_path):
     task = make_task(OPTIONS, batch_size=2, seed=0, total_steps=1, workdir=tmp_path)
-    metrics, pictures = task.evaluate(task.build(nnx.Rngs(0)), jax.random.key(0), tmp_path)
+    metrics, pictures = task.evaluate(drawn(lambda: task.build(nnx.Rngs(0))), jax.random.key(0), tmp_path)
     assert metrics["scans"] == 2
     assert 0 <= metrics["mean_iou"] <= metrics["accuracy"] <= 1
     assert set(pictures) == {"from_above", "from_sensor"}

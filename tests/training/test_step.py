@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from lumen.generation.lpd import LPD, LPDConfig, lpd_loss
 from lumen.generation.lpd.schedule import group_of_rank
 from lumen.io.checkpoint import flatten
-from lumen.layers import Frozen
+from lumen.layers import Frozen, Statistic
 from lumen.plan import count_collectives
 from lumen.sharding import batch_sharding
 from lumen.training import loop
@@ -60,6 +60,18 @@ def test_one_step_by_hand():
     assert int(metrics["seen"]) == 0
     assert int(after.step) == 1
     assert int(step(after, x, jax.random.key(0))[1]["seen"]) == 1
+
+
+def test_initial_arrays_have_firm_types():
+    """`jnp.full(2, 1.0)` has a weak type, which an update makes firm: the second step would be another program."""
+
+    class Weak(nnx.Module):
+        def __init__(self):
+            self.weight, self.rest = nnx.Param(jnp.full(2, 1.0)), Statistic(jnp.full(2, 1.0))
+
+    assert nnx.state(Weak())["weight"].weak_type
+    state = initial_state(lambda rngs: Weak(), optax.sgd(0.1), jax.random.key(0), average=True)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
 
 
 def test_frozen_variables_stay_as_they_are():

@@ -4,7 +4,7 @@ Every convolution `X` of the file has `X.conv.weight` and `X.bn.{weight,bias,run
 `x.{kernel,scale,bias,mean,var}`, with the same name in lower case.
 """
 
-from lumen.io.pretrained import Rule
+from lumen.io.pretrained import Rule, norm_rules
 
 _A = "branch1x1 branch5x5_1 branch5x5_2 branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3 branch_pool"
 _B = "branch3x3 branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3"
@@ -38,11 +38,7 @@ CONVOLUTIONS = [
 
 RULES = [
     *(Rule(f"{name}.conv.weight", f"{name.lower()}.kernel", "o i h w -> h w i o") for name in CONVOLUTIONS),
-    *(
-        Rule(f"{name}.bn.{theirs}", f"{name.lower()}.{ours}")
-        for name in CONVOLUTIONS
-        for theirs, ours in (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("running_var", "var"))
-    ),
+    *(rule for name in CONVOLUTIONS for rule in norm_rules(f"{name}.bn", name.lower())),
     Rule("fc.weight", "fc.kernel", "o i -> i o"),
     Rule("fc.bias", "fc.bias"),
 ]

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from lumen.io.pretrained import Rule
+from lumen.io.pretrained import Rule, norm_rules
 
 Layout = Literal["krsc", "spconv1"]
 
@@ -35,13 +35,8 @@ def _conv(theirs: str, ours: str, axes: str) -> list[Rule]:
     return [Rule(f"{theirs}.weight", f"{ours}.kernel", axes), Rule(f"{theirs}.bias", f"{ours}.bias")]
 
 
-def _norm(theirs: str, ours: str) -> list[Rule]:
-    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
-    return [Rule(f"{theirs}.{a}", f"{ours}.{b}") for a, b in names.items()]
-
-
 def _block(theirs: tuple[str, str], ours: str, axes: str, number: str = "") -> list[Rule]:
-    return [*_conv(theirs[0], f"{ours}.conv{number}", axes), *_norm(theirs[1], f"{ours}.norm{number}")]
+    return [*_conv(theirs[0], f"{ours}.conv{number}", axes), *norm_rules(theirs[1], f"{ours}.norm{number}")]
 
 
 def backbone_rules(layout: Layout = "krsc", *, theirs: str = "backbone_3d.", ours: str = "backbone.") -> list[Rule]:
@@ -64,7 +59,7 @@ def bev_rules(*, theirs: str = "backbone_2d.", ours: str = "bev.") -> list[Rule]
     """Of BaseBEVBackbone, whose stages count padding, convolutions, norms and activations in one row."""
     rules = [
         Rule(f"{theirs}deblocks.{{s}}.0.weight", f"{ours}upsamples.{{s}}.kernel", _TRANSPOSED),
-        *_norm(f"{theirs}deblocks.{{s}}.1", f"{ours}upsamples.{{s}}.norm"),
+        *norm_rules(f"{theirs}deblocks.{{s}}.1", f"{ours}upsamples.{{s}}.norm"),
     ]
     for k in range(_STAGE):
         names = f"{theirs}blocks.{{s}}.{1 + 3 * k}", f"{theirs}blocks.{{s}}.{2 + 3 * k}"

@@ -6,19 +6,14 @@ last one.
 
 from collections.abc import Sequence
 
-from lumen.io.pretrained import Rule
+from lumen.io.pretrained import Rule, norm_rules
 
 _ODD = "(z y x) i o -> x y z i o"
 _EVEN = "(x y z) i o -> x y z i o"
 
 
 def _conv(theirs: tuple[str, str], ours: tuple[str, str], kernel: str) -> list[Rule]:
-    return [Rule(f"{theirs[0]}.kernel", f"{ours[0]}.kernel", kernel), *_norm(theirs[1], ours[1])]
-
-
-def _norm(theirs: str, ours: str) -> list[Rule]:
-    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
-    return [Rule(f"{theirs}.{a}", f"{ours}.{b}") for a, b in names.items()]
+    return [Rule(f"{theirs[0]}.kernel", f"{ours[0]}.kernel", kernel), *norm_rules(theirs[1], ours[1])]
 
 
 def _residual(theirs: str, ours: str) -> list[Rule]:
