@@ -1,7 +1,7 @@
 r"""CenterPoint on made-up streets: cars, poles and buildings, from nothing, on a CPU.
 
 Ray-cast scans within 26 m, voxels of 0.2 m, an eighth of the published widths. Two CPU cores: 6 minutes with
-compilation, evaluation 1 minute. Measured on 128 held-out streets: mean AP 0.37 (cars 0.57, poles 0.49, buildings 0.04:
+compilation, evaluation 1 minute. Measured on 128 held-out streets: mean AP 0.37 (cars 0.57, poles 0.50, buildings 0.04:
 their far sides are never seen, so that their centres are a guess).
 Run: python train.py --config=experiments/torchsparse/centerpoint_streets.py --workdir=runs/centerpoint_streets
 Then: python evaluate.py --config=experiments/torchsparse/centerpoint_streets.py --workdir=runs/centerpoint_streets
