@@ -319,6 +319,7 @@ def test_two_processes_save_and_restore_together(tmp_path):
     script = """
         import pathlib, sys
         import jax, jax.numpy as jnp, numpy as np
+        from jax.experimental import multihost_utils
         from jax.sharding import AxisType, NamedSharding, PartitionSpec
         from lumen.io import checkpoint
         from lumen.io.checkpoint import Checkpointer, CheckpointError
@@ -341,6 +342,7 @@ def test_two_processes_save_and_restore_together(tmp_path):
         np.testing.assert_array_equal(got["local"], tree["local"])
 
         folder = pathlib.Path(sys.argv[1]) / "00000003"
+        multihost_utils.sync_global_devices("both have restored")
         if jax.process_index() == 0:
             folder.parent.joinpath("00000002", "extra.json").write_text("damaged")
         try:
