@@ -59,14 +59,29 @@ def test_finds_the_best_of_what_may_differ(binding, bound):
     assert len(tuning.trials) == 2 * 3 * len(bound)
 
 
-def test_keeps_the_default_where_the_best_of_each_are_worse_together():
+def test_keeps_what_is_faster_together():
     def measure(dataflows):
         changed = sum(flows != DEFAULT for flows in dataflows.values())
         return {0: 10.0, 1: 9.0, 2: 20.0}[changed]
 
     tuning = search("all", measure)
+    assert [flows != DEFAULT for _, flows in tuning.dataflows] == [True, False]
+    assert tuning.tuned_seconds == 9.0
+
+
+def test_a_gain_that_was_noise_goes():
+    """Each measurement of the search is lucky once; what is measured again is slower than the default."""
+    seen = []
+
+    def measure(dataflows):
+        seen.append(dataflows)
+        if all(flows == DEFAULT for flows in dataflows.values()):
+            return 10.0
+        return 11.0 if dataflows in seen[:-1] else 9.5
+
+    tuning = search("all", measure)
     assert dict(tuning.dataflows) == {"a": DEFAULT, "b": DEFAULT}
-    assert tuning.tuned_seconds == 10.0
+    assert tuning.tuned_seconds == tuning.default_seconds == 10.0
 
 
 def test_a_file_gives_back_what_was_saved(tmp_path):
