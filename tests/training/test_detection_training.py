@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -193,10 +190,8 @@ def test_options():
     assert DetectionData().source("train", 0)[0]["boxes"].shape[1] == 9
 
 
-def test_a_run_from_training_to_evaluation(tmp_path):
-    """A toy of SECOND, which has the smaller program; unoptimised programs compile in half the time."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", **cache}
+def test_a_run_from_training_to_evaluation(tmp_path, run_program):
+    """A toy of SECOND, which has the smaller program."""
     (tmp_path / "experiment.py").write_text(
         "import ml_collections\n"
         "def get_config():\n"
@@ -209,10 +204,7 @@ def test_a_run_from_training_to_evaluation(tmp_path):
     )
     for script in ("train.py", "evaluate.py"):
         flags = [f"--config={tmp_path / 'experiment.py'}", f"--workdir={tmp_path / 'run'}"]
-        done = subprocess.run(
-            [sys.executable, script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        run_program(script, *flags)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {"class_loss", "box_loss", "direction_loss", "missing_rows", "loss"} <= lines[0].keys()
     assert all(line["missing_rows"] == 0 for line in lines)

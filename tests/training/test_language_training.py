@@ -1,10 +1,7 @@
 """The language-model run as a whole, and its loss."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -33,19 +30,11 @@ FLAGS = [
 ]
 
 
-def run(script, *flags):
-    """Runs an entry point as a user does, on one device and unoptimised; its last line."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    done = subprocess.run([sys.executable, script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def test_training_evaluation_and_the_folder_it_leaves(tmp_path, run_program):
+    def run(script, *flags):
+        """The last line of what it prints."""
+        return json.loads(run_program(script, *flags).splitlines()[-1])
 
-
-def test_training_evaluation_and_the_folder_it_leaves(tmp_path):
     trained = run("train.py", *FLAGS, f"--workdir={tmp_path}")
     assert trained["step"] == 4
     assert trained["blocks"] == 32  # the monitor's

@@ -1,10 +1,7 @@
 """The LPD run as a whole: tokenizer, code files, training, evaluation; and what its programs cost."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +23,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = {"size": "debug", "channels": 8, "channel_multipliers": (1, 2, 2), "groups": 4, "codebook_size": 32}
 
 
-def run(script, flags):
-    """Runs an entry point as a user does, on one device; unoptimised programs compile in half the time."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    done = subprocess.run([sys.executable, script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, run_program):
     """Workdirs of a tiny tokenizer run and a tiny LPD run on its codes, through the entry points."""
     root = tmp_path_factory.mktemp("runs")
     tokenizer, lpd = root / "tokenizer", root / "lpd"
     common = ["--config.total_steps=3", "--config.batch_size=16", "--config.log_every=1"]
     vq_model = [f"--config.vq.model={TOKENIZER}"]
     first = ["--config=experiments/lpd/digits_tokenizer.py", f"--workdir={tokenizer}", *common, *vq_model]
-    run("train.py", first)
+    run_program("train.py", *first)
     second = [
         "--config=experiments/lpd/digits.py",
         f"--workdir={lpd}",
@@ -56,8 +42,8 @@ def runs(tmp_path_factory):
         "--config.lpd.evaluation={'samples': 40, 'batch_size': 20, 'steps': 8, 'runs': 1, 'seeds': 2, "
         "'candidates': (1.5,), 'batches': (1,)}",
     ]
-    run("train.py", second)
-    run("evaluate.py", second)
+    run_program("train.py", *second)
+    run_program("evaluate.py", *second)
     return tokenizer, lpd
 
 

@@ -6,12 +6,9 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import pickle
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -536,10 +533,8 @@ def test_a_damaged_release_is_one_line(release, tmp_path, capsys):
     assert error.endswith("It is cut off, or of another release: unpack it again.")
 
 
-def test_a_run_from_training_to_evaluation(release, tmp_path):
-    """Unoptimised programs compile in half the time; 256 voxels fit in one capacity only."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", **cache}
+def test_a_run_from_training_to_evaluation(release, tmp_path, run_program):
+    """A toy of CenterPoint, whose 256 voxels fit in one capacity only."""
     (tmp_path / "experiment.py").write_text(
         "import ml_collections\n"
         "def get_config():\n"
@@ -556,10 +551,7 @@ def test_a_run_from_training_to_evaluation(release, tmp_path):
     )
     for script in ("train.py", "evaluate.py"):
         flags = [f"--config={tmp_path / 'experiment.py'}", f"--workdir={tmp_path / 'run'}"]
-        done = subprocess.run(
-            [sys.executable, script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        run_program(script, *flags)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3
     assert all(math.isfinite(line["loss"]) for line in lines)
