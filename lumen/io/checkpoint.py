@@ -159,7 +159,12 @@ class Checkpointer:
         self._failure: Exception | None = None
         _quieten_orbax()
         # Weights hardly compress, and compressing them takes longer than writing them.
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        # Folders made in the background are signalled to threads, which wait ten minutes for the signal of a process
+        # that has ended.
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(use_compression=False),
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
         atexit.register(self._report_at_exit)
 
     def __enter__(self):

@@ -91,7 +91,11 @@ def run(script: str, *args, devices=1, launcher=()) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, timeout=120) -> str:
-    output, _ = process.communicate(timeout=timeout)
+    with process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        finally:
+            process.kill()  # nothing, if it has ended
     assert process.returncode == 0, output
     return output
 
@@ -653,12 +657,14 @@ def test_killed_at_any_moment(tmp_path):
 
 def test_a_process_that_ends_without_close_says_what_is_lost(tmp_path):
     script = """
-        import sys
+        import os, sys, time
         import jax.numpy as jnp
         from lumen.io.checkpoint import Checkpointer
+        mkdir = os.mkdir
+        os.mkdir = lambda *arguments: (time.sleep(0.5), mkdir(*arguments))  # a slow disk: the end comes first
         Checkpointer(sys.argv[1]).save(1, {"w": jnp.arange(2.0**22)})
     """
-    output = finish(run(script, tmp_path))
+    output = finish(run(script, tmp_path))  # ends, that is
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.steps() == [1] or "ended without waiting for it: call Checkpointer.close()" in output
 
