@@ -6,7 +6,8 @@ sweeps each, objects of rare classes pasted in, one cycle of the learning rate. 
 peak rate is 1e-3; the settings below are for one GPU and its share of the rate. There biases and norms decay too.
 $NUSCENES has samples/, sweeps/ and v1.0-trainval/ as published. The first run cuts the objects to paste out of the
 training scans into $WORKDIR/objects, about 0.1 s of a core per scan; give --config.detection.data.objects=FOLDER to
-share them between runs. evaluate.py gives the official metric, and eval/nuscenes.md as a table.
+share them between runs. evaluate.py gives the official metric, with eval/nuscenes.md as a table and
+eval/nuscenes_results.json for the evaluation server; with --config.detection.data.version=v1.0-test only the latter.
 Run: python train.py --config=experiments/torchsparse/centerpoint_nuscenes.py --workdir=$WORKDIR \
   --config.detection.data.path=$NUSCENES
 With 8 GPUs: --config.batch_size=32 --config.total_steps=77240 --config.optimizer.warmup_steps=30896 \

@@ -3,16 +3,22 @@
 samples = [Sample(scan, attributes, true_attributes, vehicle, racks), ...]      # a key frame each, in the global frame
 metrics = nuscenes_metrics(samples)                                         # {"nds", "mean_ap", "mean_errors", ...}
 print(nuscenes_table(metrics))
+write_results("nuscenes_results.json", tokens, samples)                     # what the evaluation server takes
 
 Source: nuScenes devkit, python-sdk/nuscenes/eval, with configs/detection_cvpr_2019.json.
 """
 
+import json
+import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lumen.evaluation.detection import DISTANCES, LEAST, Matches, Scan, average_precision, inside_box, match
+from lumen.io import DataError
 
 # The classes, and the distance from the vehicle in metres up to which objects of each count.
 RANGES = {
@@ -36,7 +42,10 @@ _UNDEFINED = {"traffic_cone": ERRORS[2:], "barrier": ERRORS[3:]}
 # Metres within which a detection counts as found when its errors are measured.
 _ERROR_DISTANCE = 2.0
 _AP_WEIGHT = 5
-_MAX_DETECTIONS = 500
+# In one sample.
+MAX_DETECTIONS = 500
+# What a submission says it was made from.
+_META = {"use_camera": False, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
 
 
 class Sample(NamedTuple):
@@ -150,6 +159,15 @@ def class_errors(samples: Sequence[Sample], name: str) -> dict[str, float | None
     return result
 
 
+def _check_counts(samples: Sequence[Sample]) -> None:
+    for number, sample in enumerate(samples):
+        if len(sample.scan.boxes) > MAX_DETECTIONS:
+            raise ValueError(
+                f"nuscenes: sample {number} has {len(sample.scan.boxes)} detections; nuScenes allows "
+                f"{MAX_DETECTIONS}. Lower the model's suppression.detections."
+            )
+
+
 def nuscenes_metrics(samples: Sequence[Sample]) -> dict[str, Any]:
     """The metric over all key frames of a split.
 
@@ -163,12 +181,7 @@ def nuscenes_metrics(samples: Sequence[Sample]) -> dict[str, Any]:
     Raises:
       ValueError: for a sample with more than 500 detections.
     """
-    for number, sample in enumerate(samples):
-        if len(sample.scan.boxes) > _MAX_DETECTIONS:
-            raise ValueError(
-                f"nuscenes_metrics: sample {number} has {len(sample.scan.boxes)} detections; nuScenes allows "
-                f"{_MAX_DETECTIONS}. Lower the model's suppression.detections."
-            )
+    _check_counts(samples)
     samples = [counted(sample) for sample in samples]
     scans = [sample.scan for sample in samples]
     within = {
@@ -207,3 +220,57 @@ def nuscenes_table(metrics: dict[str, Any]) -> str:
     blank = [None] * len(DISTANCES)
     lines.append(row("mean", metrics["mean_ap"], *blank, *metrics["mean_errors"].values()))
     return "".join(f"{line} |\n" for line in [*lines, row("NDS", metrics["nds"], *[None] * (len(heads) - 2))])
+
+
+def write_results(path: str | os.PathLike, tokens: Sequence[str], samples: Sequence[Sample]) -> None:
+    """Writes detections as nuScenes' evaluation server and its devkit read them: whole, or not at all.
+
+    {"meta": {"use_camera": false, "use_lidar": true, "use_radar": false, "use_map": false, "use_external": false},
+     "results": {token: [{"sample_token": token, "translation": [x, y, z], "size": [width, length, height],
+     "rotation": [w, x, y, z], "velocity": [vx, vy], "detection_name": class, "detection_score": 0 to 1,
+     "attribute_name": "" for none}, ...], ...}}, in metres and the global frame; boxes stand upright, so that their
+    quaternion is (cos(heading / 2), 0, 0, sin(heading / 2)).
+
+    Args:
+      path: of the file.
+      tokens: of the samples, all those of a split.
+      samples: what was found; the rest of them is not used.
+    Raises:
+      ValueError: for a sample with more than 500 detections.
+      DataError: for a detection with a NaN or an infinity, which JSON does not have.
+    Source: nuScenes devkit, python-sdk/nuscenes/eval/detection/README.md.
+    """
+    _check_counts(samples)
+    for token, sample in zip(tokens, samples, strict=True):
+        if not (np.isfinite(sample.scan.boxes).all() and np.isfinite(sample.scan.scores).all()):
+            raise DataError(
+                f"nuscenes: sample {token!r} has a detection with a NaN or an infinity; wanted numbers. The model has "
+                "diverged: take an earlier checkpoint."
+            )
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # A sample at a time: as objects, the millions of rows of a split are many times the file.
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(f'{{"meta": {json.dumps(_META)}, "results": {{')
+            for number, (token, sample) in enumerate(zip(tokens, samples, strict=True)):
+                rows = [_result(token, *one) for one in zip(*sample.scan[:3], sample.attributes, strict=True)]
+                file.write(f"{', ' if number else ''}{json.dumps(token)}: {json.dumps(rows)}")
+            file.write("}}\n")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _result(token: str, box: np.ndarray, score: float, number: int, attribute: str) -> dict[str, Any]:
+    x, y, z, length, width, height, heading, *velocity = box.tolist()
+    return {
+        "sample_token": token,
+        "translation": [x, y, z],
+        "size": [width, length, height],
+        "rotation": [math.cos(heading / 2), 0.0, 0.0, math.sin(heading / 2)],
+        "velocity": velocity,
+        "detection_name": CLASSES[number],
+        "detection_score": float(score),
+        "attribute_name": attribute,
+    }

@@ -105,6 +105,11 @@ class CenterPointConfig:
         """Names of all classes; a class id is a place in it."""
         return tuple(name for group in self.groups for name in group)
 
+    @property
+    def detections(self) -> int:
+        """Objects found in a sample at most."""
+        return len(self.groups) * self.suppression.detections
+
     @classmethod
     def nuscenes(cls, **changes) -> "CenterPointConfig":
         """nuScenes with voxels of 0.075 m, ten sweeps; points are x, y, z, intensity and age.
@@ -338,7 +343,7 @@ def centerpoint_loss(model: CenterPoint, batch):
       model: runs in training: its running statistics change in place.
       batch: see `lumen.sparse.detection.batch_spec`.
     Returns:
-      The loss, and {"centre_loss", "box_loss", "missing_rows"}, see `lumen.sparse.tensor.fail_on_missing_rows`.
+      The loss, and {"centre_loss", "box_loss", "most_missing_rows"}, see `lumen.sparse.tensor.fail_on_missing_rows`.
     """
     predictions, levels = model(model.voxels(batch), train=True)
     config = model.config
@@ -380,7 +385,7 @@ def candidates(predicted, first: int, grid: PictureGrid, config: CenterPointConf
 
 
 def decode(predictions, config: CenterPointConfig, grid: PictureGrid | None = None) -> Detections:
-    """The objects found: of each group up to `config.suppression.detections`, [B, groups times that].
+    """The objects found: of each group up to `config.suppression.detections`, [B, config.detections].
 
     Args:
       predictions: see `CenterHead`.

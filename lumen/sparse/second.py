@@ -83,6 +83,11 @@ class SECONDConfig:
         """Names of the classes."""
         return tuple(anchor.name for anchor in self.anchors)
 
+    @property
+    def detections(self) -> int:
+        """Objects found in a sample at most."""
+        return self.suppression.detections
+
     @classmethod
     def kitti(cls, **changes) -> "SECONDConfig":
         """KITTI; points are x, y, z and intensity.
@@ -302,7 +307,7 @@ def second_loss(model: SECOND, batch):
       model: runs in training: its running statistics change in place.
       batch: see `lumen.sparse.detection.batch_spec`.
     Returns:
-      The loss, and its parts and "missing_rows", see `lumen.sparse.tensor.fail_on_missing_rows`.
+      The loss, and its parts and "most_missing_rows", see `lumen.sparse.tensor.fail_on_missing_rows`.
     """
     predicted, levels = model(model.voxels(batch), train=True)
     loss, parts = anchor_loss(predicted, batch["boxes"], batch["classes"], model.config)
@@ -311,7 +316,7 @@ def second_loss(model: SECOND, batch):
 
 
 def decode_anchors(predicted, config: SECONDConfig) -> Detections:
-    """The objects found, [B, config.suppression.detections].
+    """The objects found, [B, config.detections].
 
     Args:
       predicted: see `AnchorHead`.

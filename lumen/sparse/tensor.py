@@ -266,13 +266,13 @@ def check_capacity(levels: dict[str, Sites]) -> None:
 
 
 def fail_on_missing_rows(loss, levels: dict[str, Sites]):
-    """The loss, NaN if a level has more sites than rows, and {"missing_rows": by how many at most}, float32 scalars.
+    """The loss, NaN if a level has more sites than rows, and {"most_missing_rows": by how many}, float32 scalars.
 
     What `check_capacity` is outside of programs: a training step cannot raise, but a loss that is not finite stops the
     run. Raise `level_fractions` then.
     """
     missing = functools.reduce(jnp.maximum, [one.count - one.capacity for one in levels.values()], jnp.int32(0))
-    return jnp.where(missing > 0, jnp.nan, loss), {"missing_rows": missing.astype(jnp.float32)}
+    return jnp.where(missing > 0, jnp.nan, loss), {"most_missing_rows": missing.astype(jnp.float32)}
 
 
 def unique_sites(

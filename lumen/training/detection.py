@@ -6,6 +6,7 @@ A source gives record i as {"points": float32 [n, C], x, y, z in metres, intensi
 
 import dataclasses
 import functools
+import logging
 import math
 import pathlib
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from lumen.evaluation.detection import Scan, boxes_from_above, detection_metrics
-from lumen.evaluation.nuscenes import CLASSES, nuscenes_metrics, nuscenes_table
+from lumen.evaluation.nuscenes import CLASSES, MAX_DETECTIONS, nuscenes_metrics, nuscenes_table, write_results
 from lumen.io import DataError, pretrained
 from lumen.io.names.openpcdet import centerpoint_rules, second_rules
 from lumen.sharding import RULES, batch_sharding, tree_shardings
@@ -32,11 +33,10 @@ from lumen.training.config import ConfigError
 from lumen.training.data import Batches, Record, make_batches
 from lumen.training.lidar import capacity_ladder, street_scans
 from lumen.training.loop import Pictures, Task
-from lumen.training.nuscenes import Version, class_balanced, nuscenes_objects, paste, training_objects
+from lumen.training.nuscenes import Split, Version, class_balanced, nuscenes_objects, paste, training_objects
 from lumen.training.segmentation import advise_on_missing_rows, groups_of, over_groups
 from lumen.training.vq import sized
 
-Split = Literal["train", "validation", "test"]
 Config = CenterPointConfig | SECONDConfig
 
 
@@ -93,7 +93,8 @@ class DetectionData:
       name: "street_scenes" are `street_scans`, made up as they are read, without their intensities: what is what has to
         be seen in shapes; "scene_folder" is path/train and path/val of .npz files; "nuscenes" is `nuscenes_objects`.
       path: of the folder.
-      version, sweeps: of nuScenes: which tables, and how many frames' points are joined.
+      version, sweeps: of nuScenes: which tables, and how many frames' points are joined. v1.0-test has no boxes: it is
+        there for evaluation only, and what was found is written, not measured.
       balanced: of nuScenes: train on `class_balanced` scans.
       pasted: of nuScenes: {class: objects that a scan has at least}; missing ones come from other scans, see `paste`.
       objects: folder of those objects, which is written at the first use; empty for one in the workdir.
@@ -121,28 +122,58 @@ class DetectionData:
                 "or neither."
             )
 
-    def check(self, classes: Sequence[str]) -> None:
-        """Raises a ConfigError if classes of the model, or those to be pasted, do not go with the data."""
+    def check(self, config: Config) -> None:
+        """Raises a ConfigError if the model's classes, their pasted ones or its detections do not go with the data."""
+        classes = config.classes
         if self.name == "nuscenes" and (foreign := sorted(set(classes) - set(CLASSES))):
             raise ConfigError(
                 f"detection.model has the classes {', '.join(foreign)}, which nuScenes does not; wanted some of "
                 f"{', '.join(CLASSES)}."
+            )
+        if self.name == "nuscenes" and config.detections > MAX_DETECTIONS:
+            raise ConfigError(
+                f"detection.model finds up to {config.detections} objects in a scan; nuScenes counts "
+                f"{MAX_DETECTIONS}. Lower suppression.detections, which is {config.suppression.detections}."
             )
         if unknown := sorted(set(self.pasted) - set(classes)):
             raise ConfigError(
                 f"detection.data.pasted names {', '.join(unknown)}; wanted classes of the model: {', '.join(classes)}."
             )
 
-    def metrics(self, source, found: Sequence[Scan], classes: Sequence[str]) -> dict[str, Any]:
-        """What is measured of the first scans of a source: what the data set's benchmark does, where it has one."""
+    def metrics(
+        self, source, found: Sequence[Scan], classes: Sequence[str], folder: pathlib.Path | None = None
+    ) -> dict[str, Any]:
+        """What is measured of the first scans of a source: what the data set's benchmark does, where it has one.
+
+        In the folder, if one is given, nuScenes' benchmark leaves its table, nuscenes.md, and if the scans are all of
+        the source the file to submit, nuscenes_results.json.
+        """
         if self.name != "nuscenes":
             return detection_metrics(found, classes)
-        return nuscenes_metrics([source.sample(index, one, classes) for index, one in enumerate(found)])
+        samples = [source.sample(index, one, classes) for index, one in enumerate(found)]
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        if folder and len(samples) == len(source):
+            write_results(folder / "nuscenes_results.json", source.tokens, samples)
+        elif folder:
+            logging.warning(
+                "nuscenes: %d of %d scans were run; nuscenes_results.json, which is of all, is not written. Set "
+                "config.detection.evaluation_scans=0.",
+                len(samples),
+                len(source),
+            )
+        if self.version == "v1.0-test":
+            logging.warning("nuscenes: v1.0-test has no annotations, so that nothing is measured.")
+            return {}
+        metrics = nuscenes_metrics(samples)
+        if folder:
+            (folder / "nuscenes.md").write_text(nuscenes_table(metrics), encoding="utf-8")
+        return metrics
 
     def source(self, split: Split, seed: int):
-        """The scans of a split; of what is on disk, validation is also the test."""
+        """The scans of a split; of what is on disk, validation is also the test, but for nuScenes' v1.0-test."""
         if self.name == "nuscenes":
-            part = "train" if split == "train" else "validation"
+            part = split if split == "train" or self.version == "v1.0-test" else "validation"
             return nuscenes_objects(self.path, part, version=self.version, sweeps=self.sweeps)
         if self.name == "scene_folder":
             return scene_folder(pathlib.Path(self.path) / ("train" if split == "train" else "val"))
@@ -311,7 +342,7 @@ def make_task(
     """The parts of a run."""
     del total_steps
     config, scans = options.config(), options.scans_per_group
-    options.data.check(config.classes)
+    options.data.check(config)
     source = functools.cache(lambda split: options.data.source(split, seed))
     if batch_size % scans:
         raise ConfigError(
@@ -374,7 +405,7 @@ def make_task(
         predictions, levels = model(model.voxels(group))
         return read(predictions, config), levels
 
-    def measure(model, split: Split, number: int) -> tuple[dict[str, Any], Pictures]:
+    def measure(model, split: Split, number: int, folder=None) -> tuple[dict[str, Any], Pictures]:
         results, picture = [], None
         for batch in batches(split, train=False):
             points = batch.pop("points")
@@ -392,7 +423,7 @@ def make_task(
             if number and len(results) >= number:
                 break
         assert picture is not None, "a source has at least one scan"
-        metrics = options.data.metrics(source(split), results, config.classes)
+        metrics = options.data.metrics(source(split), results, config.classes, folder)
         return metrics | {"scans": len(results)}, {"boxes": picture}
 
     def monitor(model, key):
@@ -402,11 +433,7 @@ def make_task(
 
     def evaluate(model, key, workdir):
         del key
-        metrics, pictures = measure(model, "test", options.evaluation_scans)
-        if options.data.name == "nuscenes" and jax.process_index() == 0:
-            (workdir / "eval").mkdir(parents=True, exist_ok=True)
-            (workdir / "eval" / "nuscenes.md").write_text(nuscenes_table(metrics), encoding="utf-8")
-        return metrics, pictures
+        return measure(model, "test", options.evaluation_scans, workdir / "eval" if jax.process_index() == 0 else None)
 
     def inference(mesh):
         layout = tree_shardings(abstract := nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))), mesh)

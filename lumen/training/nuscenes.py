@@ -29,7 +29,8 @@ from lumen.io import DataError
 from lumen.training.data import Record
 from lumen.training.lidar import NUSCENES_VALIDATION, read_scan
 
-Version = Literal["v1.0-trainval", "v1.0-mini"]
+Version = Literal["v1.0-trainval", "v1.0-mini", "v1.0-test"]
+Split = Literal["train", "validation", "test"]
 
 # The classes of the detection task; other categories keep their name, which is none of a class.
 _CATEGORIES = {
@@ -199,10 +200,10 @@ def _annotations(tables: _Tables, samples: Mapping[str, int], times: Mapping[str
 class NuScenes:
     """Records of `nuscenes_objects`."""
 
-    def __init__(self, root: Path, version: Version, split: Literal["train", "validation"], sweeps: int):
+    def __init__(self, root: Path, version: Version, split: Split, sweeps: int):
         self._root, self.version, self.split, self.sweeps = root, version, split, sweeps
         tables = _Tables(root / version)
-        held_out = NUSCENES_VALIDATION[version]
+        held_out = NUSCENES_VALIDATION.get(version, frozenset())
         scenes = {
             token: name
             for token, name in tables.rows("scene", ("token", "name"))
@@ -341,12 +342,12 @@ class NuScenes:
 
 def nuscenes_objects(
     root: str | os.PathLike,
-    split: Literal["train", "validation"],
+    split: Split,
     *,
     version: Version = "v1.0-trainval",
     sweeps: int = 10,
 ) -> NuScenes:
-    """nuScenes' key frames with boxes: root/samples, root/sweeps, and the tables in root/v1.0-trainval or v1.0-mini.
+    """nuScenes' key frames with boxes: root/samples, root/sweeps, and the tables in a folder named as the version.
 
     Record i, of the split's samples by name of the scene and time: {"points": float32 [n, 5], x, y, z in the LiDAR's
     frame at the key frame, intensity 0..255, age in seconds; "boxes": float32 [m, 9], those with at least one LiDAR
@@ -360,17 +361,23 @@ def nuscenes_objects(
 
     Args:
       root: the folder.
-      split: "validation" are the 150 official scenes (two of v1.0-mini), "train" all others of the version.
+      split: "validation" are the 150 official scenes (two of v1.0-mini), "train" all others of the version;
+        "test" is all of v1.0-test, whose annotations are not published: its records have no boxes.
       version: which tables.
       sweeps: frames whose points are joined, the key frame counted.
     Raises:
       FileNotFoundError: a missing table, or no sample of the split; when a record is read, a missing file.
-      ValueError: sweeps below 1, a table that is cut off, a token that no table has; when a record is read, a file that
-        is cut off.
+      ValueError: sweeps below 1, a split that the version does not have, a table that is cut off, a token that no table
+        has; when a record is read, a file that is cut off.
     Source: OpenPCDet, pcdet/datasets/nuscenes.
     """
     if sweeps < 1:
         raise ValueError(f"nuscenes: sweeps={sweeps}; wanted at least 1, the key frame.")
+    if (split == "test") != (version == "v1.0-test"):
+        raise DataError(
+            f"nuscenes: version={version!r} has no split {split!r}; wanted 'test' of v1.0-test, which has no "
+            "annotations, or 'train' or 'validation' of v1.0-trainval or v1.0-mini."
+        )
     return NuScenes(Path(root), version, split, sweeps)
 
 

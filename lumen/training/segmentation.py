@@ -41,6 +41,7 @@ from lumen.training.lidar import (
     training_batches,
 )
 from lumen.training.loop import Pictures, Task
+from lumen.training.step import join_metrics
 
 Split = Literal["train", "validation", "test"]
 
@@ -211,7 +212,7 @@ def class_colours(name: str):
 
 
 def group_loss(model: MinkUNet, group, *, options: ScanOptions):
-    """Mean cross-entropy of one group, and {"accuracy", "missing_rows"}, see `fail_on_missing_rows`."""
+    """Mean cross-entropy of one group, and {"accuracy", "most_missing_rows"}, see `fail_on_missing_rows`."""
     x = group_tensor(group, options, model.classifier.kernel.dtype)
     maps = unet_maps(x.sites, model.config)
     logits = model(x, maps, train=True)
@@ -227,13 +228,13 @@ def advise_on_missing_rows(
     """What to set where a level of the network had more sites than rows, as a sentence; "" where none had.
 
     Args:
-      metrics: of a step; its "missing_rows" are the most that any level lacked.
+      metrics: of a step; its "most_missing_rows" are the most that any level lacked.
       key: of the configuration, that of `fractions`.
       fractions: rows of each level as shares of the input's.
       rows: of the smallest input.
       highest: a fraction that always suffices.
     """
-    missing = metrics["missing_rows"]
+    missing = metrics["most_missing_rows"]
     if not missing > 0:
         return ""
     # One tile for the rounding of capacities, and two decimals.
@@ -249,7 +250,7 @@ def over_groups(loss, model: nnx.Module, batch):
     """The mean of loss(model, group) -> (scalar, metrics) over the groups of a batch, each on the device that holds it.
 
     Norms see one group at a time, as with one process per GPU; running statistics are the mean of what the groups made
-    of them. "missing_rows" are those of the group that has most.
+    of them. Metrics are joined as by `lumen.training.step.join_metrics`.
 
     Args:
       loss: of one group.
@@ -278,8 +279,7 @@ def over_groups(loss, model: nnx.Module, batch):
         local = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
     values, metrics, moved = local(params, statistics, others, batch)
     nnx.update(model, jax.tree.map(lambda each: each.mean(0), moved))
-    metrics = {name: each.max() if name == "missing_rows" else each.mean() for name, each in metrics.items()}
-    return values.mean(), metrics
+    return values.mean(), join_metrics(metrics)
 
 
 def groups_of(batch) -> list[dict[str, Any]]:

@@ -50,6 +50,12 @@ def initial_state(build: Callable[[nnx.Rngs], nnx.Module], optimizer, key, *, av
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), copy)
 
 
+def join_metrics(metrics):
+    """Metrics of parts of a batch, stacked along a leading axis, as those of the batch: the largest of what is named
+    "most_...", the mean of the rest."""
+    return {name: each.max(0) if name.startswith("most_") else each.mean(0) for name, each in metrics.items()}
+
+
 def make_train_step(
     graphdef,
     loss: Loss,
@@ -68,7 +74,8 @@ def make_train_step(
         `Statistic` variables (running statistics of norms) is kept; with `accumulate`, part after part.
       optimizer: an optax transformation.
       compute_dtype: parameters are cast to it before the forward pass; the update stays in float32.
-      accumulate: the batch is run in so many equal parts, one after the other; gradients and metrics are averaged.
+      accumulate: the batch is run in so many equal parts, one after the other; gradients are averaged, metrics joined
+        (`join_metrics`).
       average_decay: decay of the parameters' moving average, when the state has one.
       adjust: a change to the model after the update that is no gradient step, such as reviving dead codes.
 
@@ -97,17 +104,18 @@ def make_train_step(
             # Every accumulate-th row: each part then lies over all devices, as the batch does.
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
             first = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(gradients, state.params, state.frozen, first, key, state.step)[:2]
+            shapes, _, _ = jax.eval_shape(gradients, state.params, state.frozen, first, key, state.step)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
             def add(carry, part_and_key):
                 total, frozen = carry
                 part, part_key = part_and_key
-                *new, frozen = gradients(state.params, frozen, part, part_key, state.step)
-                return (jax.tree.map(lambda a, b: a + b / accumulate, total, tuple(new)), frozen), None
+                new, metrics, frozen = gradients(state.params, frozen, part, part_key, state.step)
+                return (jax.tree.map(lambda a, b: a + b / accumulate, total, new), frozen), metrics
 
-            start = (zeros, state.frozen)
-            ((grads, metrics), frozen), _ = jax.lax.scan(add, start, (parts, jax.random.split(key, accumulate)))
+            start, keys = (zeros, state.frozen), jax.random.split(key, accumulate)
+            (grads, frozen), metrics = jax.lax.scan(add, start, (parts, keys))
+            metrics = join_metrics(metrics)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

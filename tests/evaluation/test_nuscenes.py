@@ -1,5 +1,6 @@
 """The nuScenes metric by hand and against a slow one, written from the devkit's description for single objects."""
 
+import json
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from lumen.evaluation.nuscenes import (
     likely_attribute,
     nuscenes_metrics,
     nuscenes_table,
+    write_results,
 )
 
 CAR, BARRIER = (CLASSES.index(name) for name in ("car", "barrier"))
@@ -282,3 +284,84 @@ def test_table_and_errors():
     many = boxes_at(*np.zeros((501, 2)))
     with pytest.raises(ValueError, match=r"sample 0 has 501 detections; nuScenes allows 500. Lower the model's supp"):
         nuscenes_metrics([sample(many, [0.5] * 501, [CAR] * 501, many[:0], [])])
+
+
+def results(samples):
+    """What `samples` of results read from a file say: boxes, scores, classes and attributes, for each sample."""
+    for rows in samples.values():
+        boxes = np.zeros((len(rows), 9))
+        for box, row in zip(boxes, rows, strict=True):
+            w, x, y, z = row["rotation"]
+            width, length, height = row["size"]
+            # The direction in which q turns the x axis.
+            heading = math.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+            box[:] = *row["translation"], length, width, height, heading, *row["velocity"]
+        yield (
+            boxes,
+            np.array([row["detection_score"] for row in rows]),
+            np.array([CLASSES.index(row["detection_name"]) for row in rows], int),
+            np.array([row["attribute_name"] for row in rows], object),
+        )
+
+
+def test_results_say_what_was_found(tmp_path):
+    samples = [random_sample(seed) for seed in range(3)]
+    samples[1] = samples[1]._replace(
+        scan=samples[1].scan._replace(boxes=np.zeros((0, 9)), scores=np.zeros(0), classes=np.zeros(0, int)),
+        attributes=np.zeros(0, object),
+    )
+    write_results(tmp_path / "results.json", ["b", "a", "ö"], samples)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["meta"] == {
+        "use_camera": False,
+        "use_lidar": True,
+        "use_radar": False,
+        "use_map": False,
+        "use_external": False,
+    }
+    assert list(written) == ["meta", "results"]
+    assert list(written["results"]) == ["b", "a", "ö"]
+    assert written["results"]["a"] == []
+    lengths = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2}
+    texts = ("sample_token", "detection_name", "attribute_name")
+    for token, rows in written["results"].items():
+        for row in rows:
+            assert set(row) == {*lengths, *texts, "detection_score"}
+            for name, length in lengths.items():
+                assert [type(number) for number in row[name]] == [float] * length
+            assert [type(row[name]) for name in texts] == [str] * 3
+            assert type(row["detection_score"]) is float
+            assert row["sample_token"] == token
+            # A turn about the vertical axis.
+            assert row["rotation"][1:3] == [0, 0]
+            assert math.hypot(*row["rotation"]) == pytest.approx(1, abs=1e-15)
+    read = []
+    for one, (boxes, scores, classes, attributes) in zip(samples, results(written["results"]), strict=True):
+        turned = np.abs((boxes[:, 6] - one.scan.boxes[:, 6] + math.pi) % (2 * math.pi) - math.pi)
+        # Headings of up to 20, of which half goes through a sine and back: a few roundings of 20 * 2**-53.
+        np.testing.assert_allclose(turned, 0, atol=1e-14)
+        rest = [*range(6), 7, 8]
+        np.testing.assert_array_equal(boxes[:, rest], one.scan.boxes[:, rest])
+        np.testing.assert_array_equal(scores, one.scan.scores)
+        scan = one.scan._replace(boxes=boxes, scores=scores, classes=classes)
+        read.append(one._replace(scan=scan, attributes=attributes))
+    # Sums of a few hundred numbers of size 1, of which the headings' errors moved by 1e-14.
+    assert nuscenes_metrics(read)["nds"] == pytest.approx(nuscenes_metrics(samples)["nds"], abs=1e-12)
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("as it was")
+    one = random_sample(0)
+    boxes = one.scan.boxes.copy()
+    boxes[3, 7] = np.inf
+    with pytest.raises(ValueError, match=r"sample 'b' has a detection with a NaN or an infinity; .*earlier check"):
+        write_results(path, ["a", "b"], [one, one._replace(scan=one.scan._replace(boxes=boxes))])
+    many = boxes_at(*np.zeros((501, 2)))
+    with pytest.raises(ValueError, match="501 detections"):
+        write_results(path, ["a"], [sample(many, [0.5] * 501, [CAR] * 501, many[:0], [])])
+    unknown = one.scan._replace(classes=one.scan.classes + len(CLASSES))
+    with pytest.raises(IndexError):  # when the first sample is in the file
+        write_results(path, ["a", "b"], [one, one._replace(scan=unknown)])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
+    assert path.read_text() == "as it was"

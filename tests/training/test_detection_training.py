@@ -183,7 +183,7 @@ def test_options():
     )
     assert task.advise is not None
     assert "set config.detection.model.backbone.level_fractions=(2.02, 1.27, 0.64, 0.52) or larger" in task.advise(
-        {"missing_rows": 1000.0}  # inputs have from 96 000 rows
+        {"most_missing_rows": 1000.0}  # inputs have from 96 000 rows
     )
     with pytest.raises(ValueError, match="scans_per_group=0"):
         DetectionOptions(scans_per_group=0)
@@ -206,8 +206,8 @@ def test_a_run_from_training_to_evaluation(tmp_path, run_program):
         flags = [f"--config={tmp_path / 'experiment.py'}", f"--workdir={tmp_path / 'run'}"]
         run_program(script, *flags)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {"class_loss", "box_loss", "direction_loss", "missing_rows", "loss"} <= lines[0].keys()
-    assert all(line["missing_rows"] == 0 for line in lines)
+    assert {"class_loss", "box_loss", "direction_loss", "most_missing_rows", "loss"} <= lines[0].keys()
+    assert all(line["most_missing_rows"] == 0 for line in lines)
     metrics = json.loads((tmp_path / "run" / "eval" / "metrics.json").read_text())
     assert {"mean_ap", "ap", "absent", "scans"} <= metrics.keys()
     assert np.asarray(Image.open(tmp_path / "run" / "eval" / "boxes.png")).shape == (800, 800, 3)

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import json
+import logging
 import math
 import pathlib
 import pickle
@@ -308,6 +309,32 @@ def test_tables_that_do_not_fit(release, tmp_path, table, change, message):
         edited(release, tmp_path / "copy", table, change)()
 
 
+@pytest.fixture(scope="module")
+def unannotated(release, tmp_path_factory):
+    """The release as v1.0-test: with all tables, but no rows of what is annotated."""
+    root = tmp_path_factory.mktemp("test") / "nuscenes"
+    shutil.copytree(release, root)
+    (root / "v1.0-mini").rename(root / "v1.0-test")
+    for table in ("sample_annotation", "instance"):
+        (root / "v1.0-test" / f"{table}.json").write_text("[]")
+    return root
+
+
+def test_the_test_split(unannotated, release, train):
+    source = nuscenes_objects(unannotated, "test", version="v1.0-test")
+    assert source.tokens == [f"sample-{scene}-{key}" for scene in range(3) for key in range(3)]
+    record = source[2]
+    assert (record["boxes"].shape, record["names"].shape) == ((0, 9), (0,))
+    np.testing.assert_array_equal(record["points"], train[2]["points"])
+    for root, split, version in (
+        (unannotated, "train", "v1.0-test"),
+        (unannotated, "validation", "v1.0-test"),
+        (release, "test", "v1.0-mini"),
+    ):
+        with pytest.raises(ValueError, match=rf"version='{version}' has no split '{split}'; wanted 'test' of v1.0-t"):
+            nuscenes_objects(root, split, version=version)
+
+
 def test_missing_and_damaged_files(release, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"v1.0-trainval/scene.json is missing; .* Unpack its metadata archive"):
         nuscenes_objects(release, "train")
@@ -370,6 +397,57 @@ def test_what_is_there_when_found_is_perfect(validation):
     assert validation.sample(0, found._replace(boxes=found.boxes[:, :7]), classes).scan.boxes.shape[1] == 9
     with pytest.raises(ValueError, match=r"the model has the classes pole; wanted some of car, .*Set model.groups"):
         validation.sample(0, found, ("car", "pole"))
+
+
+def test_results_are_of_the_global_frame(validation, release, tmp_path, caplog):
+    """What is there, given as found in the sensor's frame, is in the file where the tables have it."""
+    classes = ("pedestrian", "bus", "car", "bicycle")
+    found = []
+    for index in range(3):
+        record = validation[index]
+        own = np.isin(record["names"], classes)
+        numbers = np.array([classes.index(name) for name in record["names"][own]])
+        scores = np.linspace(0.5, 0.9, own.sum(), dtype=np.float32)
+        found.append(Scan(record["boxes"][own], scores, numbers, np.zeros((0, 9)), np.zeros(0)))
+    data = DetectionData("nuscenes", str(release), "v1.0-mini")
+    metrics = data.metrics(validation, found, classes, tmp_path / "eval")
+    assert metrics["ap"]["car"] == pytest.approx(1)
+    results = json.loads((tmp_path / "eval/nuscenes_results.json").read_text())["results"]
+    assert list(results) == validation.tokens
+    table = json.loads((release / "v1.0-mini/sample_annotation.json").read_text())
+    names = {"vehicle.car": "car", "human.pedestrian.adult": "pedestrian", "vehicle.bicycle": "bicycle"}
+    attributes = {"car": "vehicle.moving", "pedestrian": "pedestrian.standing", "bicycle": "cycle.without_rider"}
+    for index, (token, rows) in enumerate(results.items()):
+        there = {
+            name: row
+            for row in table
+            if row["sample_token"] == token
+            and row["num_lidar_pts"]
+            and (name := names.get(row["instance_token"].split("-")[2]))
+        }
+        assert sorted(row["detection_name"] for row in rows) == sorted(there)
+        scores = dict(zip(found[index].classes.tolist(), found[index].scores.tolist(), strict=True))
+        for row in rows:
+            name = row["detection_name"]
+            want = there[name]
+            # Float32 boxes of up to 10 m.
+            np.testing.assert_allclose(row["translation"], want["translation"], atol=1e-5)
+            np.testing.assert_allclose(row["size"], want["size"], rtol=1e-6)
+            # As above, of a heading in the tilted sensor's plane its tilt squared is lost.
+            ahead, wanted = (turn(one["rotation"], np.array([1.0, 0, 0])) for one in (row, want))
+            np.testing.assert_allclose(ahead, wanted, atol=1e-3)
+            speed = SPEED if name == "car" else 0
+            np.testing.assert_allclose(row["velocity"], [speed, 0], atol=SPEED * 1e-3)
+            assert row["attribute_name"] == attributes[name]
+            assert row["detection_score"] == scores[classes.index(name)]
+    assert not caplog.records
+    (tmp_path / "part").mkdir()
+    data.metrics(validation, found[:2], classes, tmp_path / "part")
+    assert [entry.name for entry in (tmp_path / "part").iterdir()] == ["nuscenes.md"]
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "nuscenes: 2 of 3 scans were run; nuscenes_results.json, which is of all, is not written. Set "
+        "config.detection.evaluation_scans=0."
+    ]
 
 
 # --- Augmentation -----------------------------------------------------------------------------------------------------
@@ -512,6 +590,9 @@ def test_options_that_do_not_go_together(release, tmp_path):
         ConfigError, match=r"detection.data.pasted names trailer; wanted classes of the model: car, bus"
     ):
         make(options(release, pasted={"trailer": 2}))
+    many = options(release).model | {"suppression": {"candidates": 400, "detections": 300}}
+    with pytest.raises(ConfigError, match=r"up to 600 objects in a scan; nuScenes counts 500. Lower .*, which is 300"):
+        make(dataclasses.replace(options(release), model=many))
     with pytest.raises(ValueError, match=r"balanced=True and pasted={} with name='street_scenes'; wanted name='nusc"):
         DetectionData(balanced=True)
 
@@ -533,8 +614,16 @@ def test_a_damaged_release_is_one_line(release, tmp_path, capsys):
     assert error.endswith("It is cut off, or of another release: unpack it again.")
 
 
-def test_a_run_from_training_to_evaluation(release, tmp_path, run_program):
-    """A toy of CenterPoint, whose 256 voxels fit in one capacity only."""
+def test_training_on_the_test_split_is_one_line(unannotated, tmp_path, capsys):
+    flags = [f"--config.detection.data.path={unannotated}", "--config.detection.data.version=v1.0-test"]
+    config = f"--config={ROOT / 'experiments/torchsparse/centerpoint_nuscenes.py'}"
+    assert train_program.main([config, f"--workdir={tmp_path / 'run'}", "--config.batch_size=8", *flags]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: nuscenes: version='v1.0-test' has no split 'train'; wanted 'test' of v1.0-test")
+
+
+def test_a_run_from_training_to_evaluation(release, unannotated, tmp_path, run_program):
+    """A toy of CenterPoint, whose 256 voxels fit in one capacity only; then the scans without annotations."""
     (tmp_path / "experiment.py").write_text(
         "import ml_collections\n"
         "def get_config():\n"
@@ -563,3 +652,12 @@ def test_a_run_from_training_to_evaluation(release, tmp_path, run_program):
     assert metrics["errors"]["traffic_cone"]["velocity"] is None
     table = (tmp_path / "run/eval/nuscenes.md").read_text()
     assert f"| NDS | {metrics['nds']:.3f} |" in table
+    results = json.loads((tmp_path / "run/eval/nuscenes_results.json").read_text())["results"]
+    assert list(results) == [f"sample-1-{key}" for key in range(3)]
+    flags += [f"--config.detection.data.path={unannotated}", "--config.detection.data.version=v1.0-test"]
+    last = json.loads(run_program("evaluate.py", *flags).splitlines()[-1])
+    assert last == json.loads((tmp_path / "run/eval/metrics.json").read_text()) == {"step": 3, "scans": 9}
+    after = json.loads((tmp_path / "run/eval/nuscenes_results.json").read_text())["results"]
+    assert list(after) == [f"sample-{scene}-{key}" for scene in range(3) for key in range(3)]
+    assert {token: after[token] for token in results} == results  # the same scans, the same model
+    assert any(results.values())

@@ -137,7 +137,7 @@ def test_a_level_that_overflows_shows(batch, fractions):
 
     value, metrics, _ = forward(model, {name: rows[0] for name, rows in batch.items()})
     assert jnp.isnan(value) == bool(fractions)
-    assert (metrics["missing_rows"] > 0) == bool(fractions)
+    assert (metrics["most_missing_rows"] > 0) == bool(fractions)
 
 
 def test_what_is_missing_is_advised(batch):
@@ -151,7 +151,7 @@ def test_what_is_missing_is_advised(batch):
         return fail_on_missing_rows(1.0, levels)
 
     loss, metrics = missing(fractions)
-    lacking = int(metrics["missing_rows"])
+    lacking = int(metrics["most_missing_rows"])
     assert np.isnan(loss)
     text = advise_on_missing_rows(metrics, "config.fractions", fractions, rows, highest=1.0)
     found = re.fullmatch(
@@ -171,7 +171,7 @@ def test_the_key_of_missing_rows_is_named(tmp_path):
     options = SegmentationOptions(level_fractions=(0.7, 0.5, 0.3, 1.0))  # inputs have from 51 200 rows
     task = make_task(options, batch_size=1, seed=0, total_steps=1, workdir=tmp_path)
     assert task.advise is not None
-    assert task.advise({"loss": np.nan, "missing_rows": 900.0}) == (
+    assert task.advise({"loss": np.nan, "most_missing_rows": 900.0}) == (
         "A level of the network has 900 sites more than rows: set config.lidar_segmentation.level_fractions=(0.73, "
         "0.53, 0.33, 1.0) or larger; it is (0.7, 0.5, 0.3, 1.0)."
     )
@@ -180,11 +180,11 @@ def test_the_key_of_missing_rows_is_named(tmp_path):
 def test_missing_rows_of_groups_are_the_most(batch):
     def loss(model, group):
         del model
-        return jnp.float32(1), {"missing_rows": group["count"].astype(jnp.float32), "mean": group["count"] / 2}
+        return jnp.float32(1), {"most_missing_rows": group["count"].astype(jnp.float32), "mean": group["count"] / 2}
 
     with jax.set_mesh(make_mesh({"data": 2}, jax.devices()[:2])):
         _, metrics = jax.jit(lambda batch: over_groups(loss, Tiny(nnx.Rngs(0)), batch))(batch)
-    assert metrics["missing_rows"] == batch["count"].max()
+    assert metrics["most_missing_rows"] == batch["count"].max()
     np.testing.assert_allclose(metrics["mean"], batch["count"].mean() / 2, rtol=1e-6)
 
 

@@ -141,6 +141,15 @@ def test_random_draws_differ_by_step_and_part(accumulate):
     assert variance > 1e-3 if accumulate > 1 else abs(variance) < 1e-6
 
 
+def test_metrics_of_parts_are_averaged_but_for_the_most():
+    def loss(model, x, key, step):
+        return jnp.sum(model.w[...]) * 0, {"largest": x.max(), "most_rows": x.max()}
+
+    step, state = line_step(loss, optax.sgd(0.1), accumulate=2)
+    _, metrics = step(state, jnp.arange(8.0).reshape(4, 2), jax.random.key(0))  # parts: rows 0 and 2, rows 1 and 3
+    assert (metrics["largest"], metrics["most_rows"]) == (6, 7)
+
+
 # LPD, with orders and groups from the batch, so that nothing is drawn.
 
 
