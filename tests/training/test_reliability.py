@@ -267,11 +267,14 @@ def test_infinite_numbers_stop_the_run(uninterrupted, copied, start, final_bits)
     assert metrics(copied) == metrics(uninterrupted)
 
 
+# How much room a checkpoint takes depends on the order of its writes: so the disk is filled, not measured.
 FULL_DISK = """
-disk=$1 size=$2 copy=$3; shift 3
-mount -t tmpfs -o size=${size}k tmpfs "$disk" || exit 77
+disk=$1 checkpoint=$2 copy=$3; shift 3
+mount -t tmpfs -o size=32m tmpfs "$disk" || exit 77
+(until [ -e "$checkpoint"/manifest.json ]; do sleep 0.01; done; cat /dev/zero > "$disk"/full 2>&-) &
 "$@"; echo "status $?" >&2
-mount -o remount,size=1g "$disk"
+wait
+rm "$disk"/full
 echo room again; "$@" || exit 1
 cp -r "$disk" "$copy"
 """
@@ -281,13 +284,10 @@ def test_full_disk(uninterrupted, pictures, final_bits, tmp_path):
     """A real one, a small tmpfs of a mount namespace: one error; with room again the run goes on to the same bits."""
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this machine does not let a process mount; tests/io/test_checkpoint.py limits file sizes instead")
-    checkpoint = uninterrupted / "checkpoints" / f"{TOTAL:08d}"
-    blocks = sum(file.stat().st_blocks for file in checkpoint.rglob("*")) // 2  # of 1024 bytes
     disk = tmp_path / "disk"
     disk.mkdir()
-    # While a checkpoint is written it takes twice its room: the second one fits beside the first, a third does not.
-    size = 3 * blocks + blocks // 2
-    script = ["unshare", "-rm", "sh", "-c", FULL_DISK, "sh", str(disk), str(size), str(tmp_path / "out")]
+    checkpoint = disk / "run" / "checkpoints" / f"{SAVE_EVERY:08d}"
+    script = ["unshare", "-rm", "sh", "-c", FULL_DISK, "sh", str(disk), str(checkpoint), str(tmp_path / "out")]
     command = [*script, sys.executable, str(ROOT / "train.py"), *arguments(disk / "run", pictures)]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     if result.returncode == 77:
