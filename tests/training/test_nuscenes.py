@@ -361,16 +361,19 @@ def test_missing_and_damaged_files(release, tmp_path):
 # --- For the metric ---------------------------------------------------------------------------------------------------
 
 
+def found_as_there(record, classes) -> Scan:
+    """The boxes of a record as a perfect detector gives them, each with a score of its own."""
+    own = np.isin(record["names"], classes)
+    numbers = np.array([classes.index(name) for name in record["names"][own]])
+    scores = np.linspace(0.5, 0.9, own.sum(), dtype=np.float32)
+    return Scan(record["boxes"][own], scores, numbers, np.zeros((0, 9)), np.zeros(0))
+
+
 def test_what_is_there_when_found_is_perfect(validation):
     """Boxes of the sensor's frame go through the metric's global frame."""
     classes = ("pedestrian", "bus", "car", "bicycle")
-    samples = []
-    for index in range(3):
-        record = validation[index]
-        own = np.isin(record["names"], classes)
-        numbers = np.array([classes.index(name) for name in record["names"][own]])
-        found = Scan(record["boxes"][own], np.full(own.sum(), 0.5, np.float32), numbers, np.zeros((0, 9)), np.zeros(0))
-        samples.append(validation.sample(index, found, classes))
+    found = [found_as_there(validation[index], classes) for index in range(3)]
+    samples = [validation.sample(index, one, classes) for index, one in enumerate(found)]
     one = samples[1]
     start = np.array(vehicle_pose(1, 0)["translation"])
     car = one.scan.true_boxes[one.scan.true_classes == CLASSES.index("car")][0]
@@ -394,21 +397,16 @@ def test_what_is_there_when_found_is_perfect(validation):
     assert errors["attribute"] == 0
     # Three of the five pedestrians with a point are found; the two others stand in the same places.
     assert metrics["ap"]["pedestrian"] == pytest.approx((50 * 0.9) / 90 / 0.9)
-    assert validation.sample(0, found._replace(boxes=found.boxes[:, :7]), classes).scan.boxes.shape[1] == 9
+    flat = found[0]._replace(boxes=found[0].boxes[:, :7])
+    assert validation.sample(0, flat, classes).scan.boxes.shape[1] == 9
     with pytest.raises(ValueError, match=r"the model has the classes pole; wanted some of car, .*Set model.groups"):
-        validation.sample(0, found, ("car", "pole"))
+        validation.sample(0, found[0], ("car", "pole"))
 
 
 def test_results_are_of_the_global_frame(validation, release, tmp_path, caplog):
     """What is there, given as found in the sensor's frame, is in the file where the tables have it."""
     classes = ("pedestrian", "bus", "car", "bicycle")
-    found = []
-    for index in range(3):
-        record = validation[index]
-        own = np.isin(record["names"], classes)
-        numbers = np.array([classes.index(name) for name in record["names"][own]])
-        scores = np.linspace(0.5, 0.9, own.sum(), dtype=np.float32)
-        found.append(Scan(record["boxes"][own], scores, numbers, np.zeros((0, 9)), np.zeros(0)))
+    found = [found_as_there(validation[index], classes) for index in range(3)]
     data = DetectionData("nuscenes", str(release), "v1.0-mini")
     metrics = data.metrics(validation, found, classes, tmp_path / "eval")
     assert metrics["ap"]["car"] == pytest.approx(1)
